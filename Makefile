@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv: python3 >= 3.11, pip and make are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+PYTEST_ARGS ?=
+
+.PHONY: setup demo test up check bench clean
+setup: .venv/.ready
+
+.venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
+	@sh scripts/setup.sh $(PYTHON)
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m scripts.demo $(if $(DATA),--data "$(DATA)")
+
+up: setup
+	@$(BIN)/cim up
+
+test: setup
+	@PYTHONPATH= $(BIN)/python -m scripts.run_tests $(PYTEST_ARGS)
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -p no:randomly tests/architecture
+
+bench: setup
+	@$(BIN)/python -m benchmarks.step
+	@$(BIN)/python -m benchmarks.submit_to_first_step
+
+clean:
+	rm -rf .venv .cim .cim-demo

@@ -1,0 +1,267 @@
+"""Every setting of the core, as frozen dataclasses that check themselves. Standard library only.
+
+The service uses these classes as fields of its wire models, so each field here is a key of the
+spec. Where a default is `None` it is resolved once, before step one, and the comment says to
+what. Sources of defaults: docs/method.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from cim_core.errors import ConfigError
+
+Scalar = bool | int | float | str
+
+# pydantic reads this attribute from plain dataclasses; the core itself does not know pydantic.
+_STRICT: dict[str, Any] = {"extra": "forbid"}
+
+
+class _Rules:
+    """Collects every broken rule of one config, so that all are reported at once."""
+
+    def __init__(self, config: object) -> None:
+        self._config = config
+        self._problems: list[tuple[str, str]] = []
+
+    def check(self, name: str, rule: str, *, ok: bool) -> None:
+        if not ok:
+            value = getattr(self._config, name)
+            self._problems.append((name, f"{rule}, got {value!r}"))
+
+    def at_least(self, minimum: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self._config, name)
+            self.check(name, f"must be at least {minimum}", ok=value is None or value >= minimum)
+
+    def above(self, minimum: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self._config, name)
+            self.check(name, f"must be above {minimum}", ok=value is None or value > minimum)
+
+    def within(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self._config, name)
+            rule = f"must lie between {low} and {high}"
+            self.check(name, rule, ok=value is None or low <= value <= high)
+
+    def done(self) -> None:
+        if self._problems:
+            raise ConfigError(self._problems)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Duration:
+    """A length of training: exactly one of steps, epochs or images."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    steps: int | None = None
+    epochs: float | None = None
+    images: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.above(0, "steps", "epochs", "images")
+        given = [n for n in ("steps", "epochs", "images") if getattr(self, n) is not None]
+        names = " and ".join(given) or "none of them"
+        rules.check("steps", f"give exactly one of steps, epochs, images; {names} given", ok=len(given) == 1)
+        rules.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """A discrete image tokenizer in the DALL-E layout, trained on the user's own images."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    image_size: int = 64  # training crop, pixels; a multiple of the stride
+    stride: int = 8  # pixels a token; 2, 4, 8, 16: one group of blocks more than halvings
+    width: int = 64  # DALL-E's n_hid (256 there): groups are 1, 2, 4, 8 times as wide
+    blocks_per_group: int = 1  # 2 in DALL-E
+    vocab_size: int = 512
+    code_dim: int = 64  # width of a codebook entry (128 into DALL-E's decoder)
+    quantiser: Literal["vq", "relaxed"] = "vq"
+    ema_decay: float = 0.99  # vq: decay of the codebook's moving averages
+    commitment: float = 0.25  # vq: weight of the commitment loss
+    restart_below: float = 0.1  # vq: a code whose average use a step falls below is re-seeded
+    temperature_start: float = 1.0  # relaxed: Gumbel-softmax temperature, cosine to the end value
+    temperature_end: float = 0.0625
+    kl_weight: float = 6.6  # relaxed: final weight of the KL to the uniform prior
+    kl_warmup: float = 0.3  # relaxed: share of the training over which the weight rises from 0
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.at_least(1, "width", "blocks_per_group", "code_dim")
+        rules.at_least(2, "vocab_size")
+        rules.check("stride", "must be 2, 4, 8 or 16", ok=self.stride in (2, 4, 8, 16))
+        divides = self.stride > 0 and self.image_size > 0 and self.image_size % self.stride == 0
+        rules.check("image_size", f"must be a positive multiple of the stride {self.stride}", ok=divides)
+        rules.within(0.0, 1.0, "ema_decay", "kl_warmup")
+        rules.at_least(0, "commitment", "restart_below", "kl_weight")
+        rules.above(0, "temperature_start", "temperature_end")
+        rules.done()
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side of the training crop."""
+        return self.image_size // self.stride
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerSource:
+    """Where a frozen tokenizer comes from: `job:ID-or-name`, a URI of an artifact, or `fake`."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    source: str  # no default: a missing tokenizer is an error; `fake` is for tests and says so
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratorConfig:
+    """The small trainable BEiT that proposes tokens for masked positions."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    depth: int = 4  # blocks, shared ones included
+    width: int | None = None  # None: the enhancer's width where it is a ViT, else 384
+    heads: int | None = None  # None: width / 64, at least 1; the enhancer's where blocks are shared
+    temperature: float = 1.0  # of the softmax that tokens are sampled from
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.at_least(1, "depth", "width", "heads")
+        rules.above(0, "temperature")
+        if self.width and self.heads:
+            rules.check("heads", f"must divide the width {self.width}", ok=self.width % self.heads == 0)
+        rules.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnhancerConfig:
+    """The network that is being pre-trained: any timm ViT or CNN, by its timm name."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: str
+    shared_blocks: int | None = None  # with the generator; None: 2 for a plain ViT, 0 otherwise
+    options: Mapping[str, Scalar] = field(default_factory=dict)  # further timm arguments, e.g. depth
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.check("name", "must be a timm model name", ok=bool(self.name.strip()))
+        rules.at_least(0, "shared_blocks")
+        ours = {"img_size", "patch_size", "num_classes", "pretrained", "in_chans"} & set(self.options)
+        rules.check("options", f"may not set {', '.join(sorted(ours))}: the service does", ok=not ours)
+        rules.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskingConfig:
+    """Which token positions are replaced; the count is uniform between the two ratios."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    strategy: Literal["random", "block"] = "random"
+    min_ratio: float = 0.51  # 100 of 196
+    max_ratio: float = 0.61  # 120 of 196
+    block_min_cells: int = 16  # block: smallest block, as in BEiT's launcher
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.within(0.0, 1.0, "min_ratio", "max_ratio")
+        rules.above(0, "max_ratio")
+        rules.check("max_ratio", f"must not be below min_ratio {self.min_ratio}", ok=self.max_ratio >= self.min_ratio)
+        rules.at_least(1, "block_min_cells")
+        rules.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the enhancer learns: clean pixels (respix) or which tokens were replaced (revdet)."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    name: Literal["respix", "revdet"]
+    weight: float | None = None  # lambda before the enhancer's loss; None: respix 10, revdet 1
+    window: int = 8  # respix: side of the normalising window, pixels
+    l1: float = 1.0  # respix: weight of the absolute error
+    l2: float = 1.0  # respix: weight of the squared error
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.at_least(2, "window")
+        rules.above(0, "weight")
+        rules.at_least(0, "l1", "l2")
+        rules.check("l1", "must be above 0 where l2 is 0", ok=self.l1 + self.l2 > 0)
+        rules.done()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One CIM model. The token grid is image_size / patch_size on each side."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    tokenizer: TokenizerSource
+    enhancer: EnhancerConfig
+    objective: ObjectiveConfig
+    image_size: int = 224
+    patch_size: int = 16
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.at_least(1, "image_size", "patch_size")
+        fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
+        rules.check("image_size", f"must be a multiple of patch_size {self.patch_size}", ok=fits)
+        shared = self.enhancer.shared_blocks or 0
+        rule = f"must not be fewer than the {shared} blocks shared with the enhancer"
+        if shared > self.generator.depth:
+            raise ConfigError([("generator.depth", f"{rule}, got {self.generator.depth}")])
+        rules.done()
+
+    @property
+    def grid(self) -> int:
+        """Tokens a side."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how fast and in what portions; one of epochs, steps, images gives the length."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    epochs: float | None = None
+    steps: int | None = None
+    images: int | None = None
+    batch_size: int = 256  # images a step over all workers
+    accumulation: int = 1  # forward passes a step on each worker
+    learning_rate: float = 1.5e-3  # peak, as given: never rescaled by the batch size
+    min_learning_rate: float = 1e-5
+    warmup: Duration | None = None  # None: a thirtieth of the training (10 of 300 epochs)
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip_norm: float = 3.0  # 0 switches clipping off
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: int = 0
+    crop_min: float = 0.08  # smallest area of a random crop, as a share of the picture
+    checkpoint_every: Duration | None = None  # None: an epoch
+    sample_every: Duration | None = None  # pictures; None: a tenth of the training
+    log_every: int = 10  # steps between metric points
+    loader_workers: int = 0  # processes that decode images, for each worker; 0: in the worker
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        rules.above(0, "epochs", "steps", "images", "learning_rate")
+        given = [n for n in ("epochs", "steps", "images") if getattr(self, n) is not None]
+        names = " and ".join(given) or "none of them"
+        rules.check("epochs", f"give exactly one of epochs, steps, images; {names} given", ok=len(given) == 1)
+        rules.at_least(1, "batch_size", "accumulation", "log_every")
+        rules.at_least(0, "min_learning_rate", "weight_decay", "clip_norm", "loader_workers", "seed")
+        rules.within(0.0, 1.0, "beta1", "beta2", "crop_min")
+        rules.above(0, "crop_min")
+        high = self.min_learning_rate > self.learning_rate
+        rules.check("min_learning_rate", f"must not exceed learning_rate {self.learning_rate}", ok=not high)
+        divides = self.accumulation > 0 and self.batch_size % self.accumulation == 0
+        rules.check("accumulation", f"must divide batch_size {self.batch_size}", ok=divides)
+        rules.done()
+
+    @property
+    def length(self) -> Duration:
+        """The whole training as one duration."""
+        return Duration(steps=self.steps, epochs=self.epochs, images=self.images)

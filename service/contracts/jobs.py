@@ -1,0 +1,145 @@
+"""A job as clients see it."""
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Any
+
+from pydantic import Field
+
+from service.contracts.base import Stored
+
+
+class JobState(StrEnum):
+    """The nine states of a job; legal moves are in `service.domain.lifecycle`."""
+
+    QUEUED = "queued"
+    LAUNCHING = "launching"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    PAUSED = "paused"
+    RETRYING = "retrying"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+FINAL = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Desired(StrEnum):
+    """What the user wants of a job; progress never overwrites it."""
+
+    RUN = "run"
+    PAUSE = "pause"
+    CANCEL = "cancel"
+
+
+class FailureKind(StrEnum):
+    """Why an attempt failed. Only `user` is never retried."""
+
+    USER = "user"
+    INFRASTRUCTURE = "infrastructure"
+    STORAGE = "storage"
+    PREEMPTED = "preempted"
+    STALLED = "stalled"
+
+
+class Progress(Stored):
+    """How far the present attempt is."""
+
+    step: int = 0
+    total_steps: int | None = None
+    epoch: float | None = None
+    images_per_s: float | None = None
+    eta_s: float | None = None
+    message: str = ""  # what happens now, e.g. "reading 500 images"
+
+
+class FileEntry(Stored):
+    """One file of a manifest; `path` is relative to the job's prefix `jobs/JOB_ID/`."""
+
+    path: str = Field(min_length=1, max_length=1024)
+    size: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class AttemptView(Stored):
+    """One start of a job."""
+
+    number: int
+    submission_id: str
+    started_at: datetime
+    ended_at: datetime | None = None
+    outcome: str | None = None  # succeeded | failed | stopped
+    failure_kind: FailureKind | None = None
+    message: str | None = None
+    resumed_from_step: int | None = None
+
+
+class JobView(Stored):
+    """A job."""
+
+    id: str
+    name: str
+    kind: str
+    state: JobState
+    desired: Desired
+    reason: str  # one sentence: why it waits, failed, or is where it is
+    failure_kind: FailureKind | None = None
+    priority: int
+    labels: dict[str, str]
+    spec: dict[str, Any]
+    resolved: dict[str, Any]
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    attempts: list[AttemptView] = []
+    progress: Progress = Progress()
+    metrics: dict[str, float] = {}  # the latest value of each
+    mlflow_run_id: str | None = None
+    mlflow_url: str | None = None
+    result: dict[str, Any] | None = None
+
+
+class JobPage(Stored):
+    """Some jobs, newest first, and where the next page starts."""
+
+    jobs: list[JobView]
+    next_cursor: str | None = None
+
+
+class EventView(Stored):
+    """One thing that happened to a job."""
+
+    id: int
+    at: datetime
+    src: JobState | None = None
+    dst: JobState | None = None
+    actor: str  # user | worker | dispatcher
+    message: str
+
+
+class MetricPoint(Stored):
+    """One value of one curve."""
+
+    step: int = Field(ge=0)
+    key: str = Field(min_length=1, max_length=250)
+    value: float
+
+
+class LogLine(Stored):
+    """One line of a job's log."""
+
+    at: datetime
+    attempt: int
+    source: str  # driver | rank-0 | rank-1 ... | ray
+    level: str
+    message: str
+
+
+class Validation(Stored):
+    """The answer to a spec that is asked about and not submitted."""
+
+    resolved: list[dict[str, Any]]
+    estimate: list[dict[str, Any]]
+    warnings: list[str] = []

@@ -1,0 +1,69 @@
+"""What a worker and the service say to each other; every call carries the attempt's token."""
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from service.contracts.base import Stored
+from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
+
+
+class StoreAddress(Stored):
+    """Where artifacts go; credentials come from the worker's own environment."""
+
+    url: str  # /absolute/folder or s3://bucket/prefix
+    endpoint_url: str | None = None
+    region: str | None = None
+
+
+class Checkpoint(Stored):
+    """A committed checkpoint: nothing exists that its manifest does not name."""
+
+    step: int = Field(ge=0)
+    prefix: str  # attempts/N/checkpoints/step-M, below jobs/JOB_ID/
+    files: list[FileEntry]
+
+
+class Assignment(Stored):
+    """All that a worker needs to run one attempt."""
+
+    job_id: str
+    attempt: int
+    spec: dict[str, Any]  # resolved: references are replaced by `inputs`
+    inputs: dict[str, str]  # e.g. {"tokenizer": "jobs/ID/tokenizer"}: keys of the store, or a URI
+    store: StoreAddress
+    checkpoint: Checkpoint | None = None  # where to resume
+    report_every_s: float = 1.0
+
+
+class Report(Stored):
+    """Progress and metrics since the last report; repeating one is harmless."""
+
+    progress: Progress
+    metrics: list[MetricPoint] = []
+    files: list[FileEntry] = []  # finished artifacts, e.g. samples/step-100.png
+    plan: dict[str, Any] | None = None  # the durations in steps, once they are known
+
+
+class ReportReply(Stored):
+    """What the worker must do now. `stop` means: save a checkpoint, finish as stopped."""
+
+    directive: Literal["continue", "stop"]
+
+
+class Failure(Stored):
+    """Why an attempt failed."""
+
+    kind: FailureKind
+    message: str = Field(max_length=8000)
+
+
+class Finish(Stored):
+    """How an attempt ended. A success names every file of the result."""
+
+    outcome: Literal["succeeded", "failed", "stopped"]
+    step: int = Field(ge=0)
+    total_steps: int | None = None
+    failure: Failure | None = None
+    metrics: dict[str, float] = {}
+    files: list[FileEntry] = []
