@@ -165,7 +165,9 @@ class MaskingConfig:
         rules = _Rules(self)
         rules.within(0.0, 1.0, "min_ratio", "max_ratio")
         rules.above(0, "max_ratio")
-        rules.check("max_ratio", f"must not be below min_ratio {self.min_ratio}", ok=self.max_ratio >= self.min_ratio)
+        rules.check(
+            "max_ratio", f"must not be below min_ratio {self.min_ratio}", ok=self.max_ratio >= self.min_ratio
+        )
         rules.at_least(1, "block_min_cells")
         rules.done()
 

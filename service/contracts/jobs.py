@@ -93,9 +93,9 @@ class JobView(Stored):
     created_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
-    attempts: list[AttemptView] = []
+    attempts: list[AttemptView] = Field(default_factory=list)
     progress: Progress = Progress()
-    metrics: dict[str, float] = {}  # the latest value of each
+    metrics: dict[str, float] = Field(default_factory=dict)  # the latest value of each
     mlflow_run_id: str | None = None
     mlflow_url: str | None = None
     result: dict[str, Any] | None = None
@@ -142,4 +142,4 @@ class Validation(Stored):
 
     resolved: list[dict[str, Any]]
     estimate: list[dict[str, Any]]
-    warnings: list[str] = []
+    warnings: list[str] = Field(default_factory=list)

@@ -40,8 +40,8 @@ class Report(Stored):
     """Progress and metrics since the last report; repeating one is harmless."""
 
     progress: Progress
-    metrics: list[MetricPoint] = []
-    files: list[FileEntry] = []  # finished artifacts, e.g. samples/step-100.png
+    metrics: list[MetricPoint] = Field(default_factory=list)
+    files: list[FileEntry] = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
     plan: dict[str, Any] | None = None  # the durations in steps, once they are known
 
 
@@ -65,5 +65,5 @@ class Finish(Stored):
     step: int = Field(ge=0)
     total_steps: int | None = None
     failure: Failure | None = None
-    metrics: dict[str, float] = {}
-    files: list[FileEntry] = []
+    metrics: dict[str, float] = Field(default_factory=dict)
+    files: list[FileEntry] = Field(default_factory=list)
