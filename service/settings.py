@@ -1,0 +1,61 @@
+"""Every setting of the service, read from the environment (`CIM_...`) by the entry point alone.
+
+Embedded mode (`cim up`) fills the addresses in by itself; the other entry points need them given.
+`.env.example` lists the same names with their meanings; a test compares the two.
+"""
+
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field, SecretStr
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.domain.retry import Backoff
+
+Seconds = Annotated[float, Field(gt=0)]
+Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free one
+
+
+class Settings(BaseSettings):
+    """One frozen object, built in `service.__main__` and passed down."""
+
+    model_config = SettingsConfigDict(env_prefix="CIM_", frozen=True, extra="ignore")
+
+    data_dir: Path = Path(".cim")
+    database_url: str  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
+    store_url: str  # /absolute/folder or s3://bucket/prefix; credentials come from AWS_... variables
+    s3_endpoint_url: str | None = None
+    s3_region: str | None = None
+    shared_filesystem: bool = False  # workers see this machine's folders, so paths are checked at submit
+
+    ray_url: str  # address of Ray's dashboard, e.g. http://127.0.0.1:8265
+    ray_token: SecretStr | None = None  # None: the cluster runs with RAY_AUTH_MODE=disabled
+    mlflow_url: str | None = None  # None: nothing is recorded in MLflow
+    mlflow_public_url: str | None = None  # as a browser reaches it; None: the same as mlflow_url
+    mlflow_experiment: str = "cim"
+
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    public_url: str  # of the api, as the workers reach it
+    secret: SecretStr = Field(min_length=32)  # attempt tokens are derived from it; no default
+
+    worker_python: str = "python"  # interpreter of the workers, inside the cluster
+    max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB
+    reconcile_every_s: Seconds = 1.0
+    forward_every_s: Seconds = 1.0  # metrics and pictures to MLflow
+    start_deadline_s: Seconds = 600.0  # from launch to the worker's first report
+    stall_after_s: Seconds = 600.0  # without a report while Ray says that the job runs
+    stop_grace_s: Seconds = 20.0  # from the wish to stop until Ray is asked to end the job
+    lost_grace_s: Seconds = 5.0  # from Ray's word that a job ended until we call its attempt failed
+    retry_first_s: Seconds = 5.0
+    retry_longest_s: Seconds = 300.0
+
+    @property
+    def backoff(self) -> Backoff:
+        """How long failed attempts wait for the next one."""
+        return Backoff(first_s=self.retry_first_s, longest_s=self.retry_longest_s)
+
+    @property
+    def mlflow_browser_url(self) -> str | None:
+        """MLflow as a browser reaches it."""
+        return self.mlflow_public_url or self.mlflow_url
