@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from pydantic import Field
+
 from service.contracts.base import Stored
 
 
@@ -21,4 +23,4 @@ class Problem(Stored):
     status: int
     code: str
     detail: str
-    errors: list[FieldProblem] = []
+    errors: list[FieldProblem] = Field(default_factory=list)
