@@ -40,8 +40,8 @@ def broadcast_from_0(x: Tensor) -> Tensor:
     return sent
 
 
-def any_rank(flag: Tensor | bool) -> bool:
-    """Whether `flag` (a bool or a tensor of one element) is true on at least one rank."""
+def any_rank(flag: Tensor | int) -> bool:
+    """Whether `flag` (a truth value or a tensor of one element) is true on at least one rank."""
     if world_size() == 1:
         return bool(flag)
     device = flag.device if isinstance(flag, Tensor) else _collective_device()
