@@ -1,0 +1,126 @@
+"""Ray Jobs over its REST interface.
+
+Ray refuses a second job of the same id with status 500, which is also its answer when no agent is
+there, and a reply may be lost. So after anything but a 200 the job is looked up: found is adopted.
+"""
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from service.dispatch.launcher import LauncherUnavailableError, Submission
+from service.domain.decide import ClusterJob, ClusterState
+from service.domain.queueing import Needs
+
+# The first job of a fresh head takes seconds: Ray starts its supervisor before it answers.
+_TIMEOUT = httpx.Timeout(10.0, read=60.0)
+_OUR_PREFIX = "cim-"
+_MAX_NODES = 10_000  # Ray lists no more
+
+
+class RayLauncher:
+    """One Ray cluster, reached through its dashboard."""
+
+    def __init__(self, url: str, *, token: str | None = None, env: Mapping[str, str] | None = None) -> None:
+        """`token` is None where the cluster runs with `RAY_AUTH_MODE=disabled`; `env` goes to every job."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        # Proxy variables are meant for the outer world, never for the cluster.
+        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, trust_env=False)
+        self._env = dict(env or {})
+        self._url = url
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def submit(self, submission: Submission) -> None:
+        """Start a job, or adopt the one that has its id."""
+        body = {
+            "submission_id": submission.id,
+            "entrypoint": shlex.join(submission.command),
+            "entrypoint_num_cpus": 0,  # the driver only waits; its workers hold the CPUs
+            "runtime_env": {"env_vars": {**self._env, **submission.env}},
+        }
+        try:
+            answer = await self._http.post("/api/jobs/", json=body)
+            refusal = f"status {answer.status_code}: {_last_line(answer.text)}"
+            if answer.is_success:
+                return
+        except httpx.HTTPError as error:
+            refusal = f"{type(error).__name__} {error}".strip()
+        if await self.status(submission.id) is None:
+            raise LauncherUnavailableError(f"Ray at {self._url} did not take {submission.id}: {refusal}")
+
+    async def status(self, submission_id: str) -> ClusterJob | None:
+        """What Ray says of the job; None when it knows none of that id."""
+        answer = await self._get(f"/api/jobs/{submission_id}")
+        return None if answer is None else _job(answer)
+
+    async def stop(self, submission_id: str) -> None:
+        """SIGTERM, then SIGKILL after three seconds; unknown and ended jobs are fine."""
+        try:
+            answer = await self._http.post(f"/api/jobs/{submission_id}/stop")
+        except httpx.HTTPError as error:
+            raise self._unavailable(error) from error
+        if not answer.is_success and answer.status_code != httpx.codes.NOT_FOUND:
+            raise self._unavailable(f"status {answer.status_code}: {_last_line(answer.text)}")
+
+    async def log_tail(self, submission_id: str, *, max_lines: int) -> list[str]:
+        """The driver's last lines, as long as its node keeps them."""
+        answer = await self._get(f"/api/jobs/{submission_id}/logs")
+        text = str(answer.get("logs") or "") if answer else ""
+        return text.splitlines()[-max_lines:]
+
+    async def active(self) -> frozenset[str]:
+        """Our jobs among all that Ray holds as pending or running."""
+        jobs = await self._get("/api/jobs/")
+        if not isinstance(jobs, list):
+            raise self._unavailable(f"expected a list of jobs, got {type(jobs).__name__}")
+        ids = ((job.get("submission_id") or "", job) for job in jobs if isinstance(job, dict))
+        return frozenset(i for i, job in ids if i.startswith(_OUR_PREFIX) and not _job(job).state.ended)
+
+    async def capacity(self) -> Needs:
+        """CPUs and GPUs of the nodes that are alive."""
+        answer = await self._get(f"/api/v0/nodes?detail=true&limit={_MAX_NODES}")
+        try:
+            nodes = [n for n in answer["data"]["result"]["result"] if n["state"] == "ALIVE"]
+            totals = [node["resources_total"] for node in nodes]
+        except (TypeError, KeyError) as error:
+            raise self._unavailable(f"cannot read the list of nodes ({error!r})") from error
+        return Needs(
+            cpus=sum(float(total.get("CPU", 0)) for total in totals),
+            gpus=sum(float(total.get("GPU", 0)) for total in totals),
+        )
+
+    async def _get(self, path: str) -> Any:
+        """The JSON at `path`, or None for 404."""
+        try:
+            answer = await self._http.get(path)
+            if answer.status_code == httpx.codes.NOT_FOUND:
+                return None
+            if answer.status_code == httpx.codes.UNAUTHORIZED:
+                raise self._unavailable("it refuses the token (set CIM_RAY_TOKEN to the cluster's)")
+            answer.raise_for_status()
+            return answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, why: object) -> LauncherUnavailableError:
+        return LauncherUnavailableError(f"Ray at {self._url} cannot be asked: {why or type(why).__name__}")
+
+
+def _job(answer: Mapping[str, Any]) -> ClusterJob:
+    try:
+        state = ClusterState(str(answer["status"]).lower())
+    except (KeyError, ValueError) as error:
+        raise LauncherUnavailableError(f"Ray reports a job state that we do not know: {error}") from error
+    message = str(answer.get("message") or "").splitlines()
+    code = answer.get("driver_exit_code")
+    return ClusterJob(state=state, message=message[0] if message else "", exit_code=code)
+
+
+def _last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip(" .")]
+    return lines[-1][:500] if lines else "no text"
