@@ -1,0 +1,48 @@
+"""What can go wrong between a client and the service."""
+
+from service.contracts.problems import Problem
+
+STALE = "stale_attempt"
+BAD_ANSWER = "bad_answer"
+
+
+class ClientError(Exception):
+    """Any failure of a call."""
+
+
+class UnreachableError(ClientError):
+    """Nothing answers at the service's address, or the connection broke."""
+
+
+class CorruptDownloadError(ClientError):
+    """A downloaded file is not what the service's manifest says; it was deleted again."""
+
+
+class ApiError(ClientError):
+    """The service answered with an error.
+
+    Attributes:
+        problem: The RFC 9457 body; `problem.errors` names each wrong key of a spec.
+        code: Stable name of the error, e.g. `invalid_spec`.
+        status: HTTP status.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(_text(problem))
+        self.problem = problem
+        self.code = problem.code
+        self.status = problem.status
+
+
+class StaleAttempt(ApiError):  # noqa: N818  it tells a worker to stop and is no fault
+    """A newer attempt owns the job, or the job is final: write nothing more and end."""
+
+
+def api_error(problem: Problem) -> ApiError:
+    """The exception for an error answer."""
+    return StaleAttempt(problem) if problem.code == STALE else ApiError(problem)
+
+
+def _text(problem: Problem) -> str:
+    lines = [f"{error.path}: {error.message}" for error in problem.errors]
+    return "\n".join(lines) or problem.detail or problem.title

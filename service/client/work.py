@@ -1,0 +1,77 @@
+"""The workers' side of the service: one attempt, one token, calls that outlive an outage.
+
+Every call may be repeated: the service takes a report, checkpoint or finish that it already has
+as a repetition. So a lost answer costs one more request and nothing else.
+"""
+
+from typing import Any, Self
+
+import httpx
+from pydantic import BaseModel
+
+from service.client.http import Backoff, Transport, parse
+from service.contracts.work import Assignment, Checkpoint, Finish, Report, ReportReply
+
+PATIENCE_S = 15 * 60.0
+
+
+class WorkClient:
+    """What the worker of one attempt says to the service.
+
+    Each call is repeated with back-off for `patience_s` seconds while the service is away (refused
+    connection, time-out, 429, 5xx).
+
+    Raises (each call):
+        StaleAttempt: This attempt may no longer write; end without writing anything more.
+        ApiError: The service refused; repeating would not help, or the patience ended.
+        UnreachableError: The patience ended without an answer.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        job_id: str,
+        attempt: int,
+        token: str,
+        *,
+        timeout_s: float = 30.0,
+        backoff: Backoff | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        self._path = f"/v1/attempts/{job_id}/{attempt}"
+        self._transport = Transport(
+            url, timeout_s=timeout_s, token=token, backoff=backoff, transport=transport
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def assignment(self, *, patience_s: float = PATIENCE_S) -> Assignment:
+        """What to do."""
+        return parse(Assignment, self._transport.call("GET", self._path, patience_s=patience_s))
+
+    def report(self, report: Report, *, patience_s: float = PATIENCE_S) -> ReportReply:
+        """Send progress and metrics; the reply says whether to go on."""
+        return parse(ReportReply, self._post("report", report, patience_s=patience_s))
+
+    def commit_checkpoint(self, checkpoint: Checkpoint, *, patience_s: float = PATIENCE_S) -> None:
+        """Make a checkpoint, all of whose files are stored, the one to resume from."""
+        self._post("checkpoints", checkpoint, patience_s=patience_s)
+
+    def finish(self, finish: Finish, *, patience_s: float = PATIENCE_S) -> None:
+        """Say how the attempt ended."""
+        self._post("finish", finish, patience_s=patience_s)
+
+    def _post(self, what: str, body: BaseModel, *, patience_s: float) -> httpx.Response:
+        content: Any = body.model_dump_json()
+        headers = {"Content-Type": "application/json"}
+        return self._transport.call(
+            "POST", f"{self._path}/{what}", content=content, headers=headers, patience_s=patience_s
+        )
