@@ -1,0 +1,174 @@
+"""Reads, and the writes that replace a row of the same key. Nothing here touches `jobs.state`."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, func, or_, select, tuple_
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import JobState
+from service.db.tables import AttemptRow, Base, CheckpointRow, EventRow, FileRow, JobRow, MetricRow
+from service.domain.names import JOB_ID_LENGTH
+
+# Both dialects spell `ON CONFLICT` alike, but SQLAlchemy gives them no common type.
+_INSERT: Mapping[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+_ROWS_A_STATEMENT = 500  # SQLite takes 32,766 values in one statement
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobFilter:
+    """Which jobs a list shows; None and empty mean all."""
+
+    states: Collection[JobState] = ()
+    kinds: Collection[str] = ()
+    name: str | None = None
+    labels: Mapping[str, str] | None = None
+    text: str | None = None  # part of the name or id
+
+
+async def job(session: AsyncSession, job_id: str, *, fresh: bool = False) -> JobRow | None:
+    """The job of a full id. `fresh` reads again what this session already holds."""
+    return await session.get(JobRow, job_id, populate_existing=fresh)
+
+
+async def jobs_by_id(session: AsyncSession, job_ids: Collection[str]) -> dict[str, JobRow]:
+    """Those of the jobs that exist, by id."""
+    rows = await session.scalars(select(JobRow).where(JobRow.id.in_(job_ids)))
+    return {row.id: row for row in rows}
+
+
+async def jobs_in(session: AsyncSession, states: Collection[JobState]) -> Sequence[JobRow]:
+    """All jobs in these states, oldest first."""
+    query = select(JobRow).where(JobRow.state.in_(states)).order_by(JobRow.created_at, JobRow.id)
+    return (await session.scalars(query)).all()
+
+
+async def jobs_starting_with(session: AsyncSession, prefix: str, *, limit: int) -> Sequence[JobRow]:
+    """Jobs whose id starts with `prefix`, newest first."""
+    if len(prefix) > JOB_ID_LENGTH:
+        return []
+    return (await session.scalars(_newest(_starting_with(prefix)).limit(limit))).all()
+
+
+async def latest_named(session: AsyncSession, name: str) -> JobRow | None:
+    """The newest job of that name."""
+    row: JobRow | None = await session.scalar(_newest(select(JobRow).where(JobRow.name == name)).limit(1))
+    return row
+
+
+async def page(
+    session: AsyncSession, wanted: JobFilter, *, limit: int, before: tuple[datetime, str] | None
+) -> Sequence[JobRow]:
+    """At most `limit` jobs, newest first, older than the job at `before` (its creation, its id)."""
+    query = _filtered(wanted)
+    if before is not None:
+        query = query.where(tuple_(JobRow.created_at, JobRow.id) < before)
+    return (await session.scalars(_newest(query).limit(limit))).all()
+
+
+async def attempt(
+    session: AsyncSession, job_id: str, number: int, *, fresh: bool = False
+) -> AttemptRow | None:
+    """One attempt of a job."""
+    return await session.get(AttemptRow, (job_id, number), populate_existing=fresh)
+
+
+async def attempts(session: AsyncSession, job_ids: Collection[str]) -> Sequence[AttemptRow]:
+    """All attempts of these jobs, in order."""
+    query = select(AttemptRow).where(AttemptRow.job_id.in_(job_ids))
+    return (await session.scalars(query.order_by(AttemptRow.job_id, AttemptRow.number))).all()
+
+
+async def last_checkpoint(session: AsyncSession, job_id: str) -> CheckpointRow | None:
+    """The committed checkpoint that has come furthest."""
+    query = select(CheckpointRow).where(CheckpointRow.job_id == job_id)
+    row: CheckpointRow | None = await session.scalar(
+        query.order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc()).limit(1)
+    )
+    return row
+
+
+async def events(session: AsyncSession, job_id: str, *, after: int, limit: int) -> Sequence[EventRow]:
+    """Events of a job with an id above `after`, in order."""
+    query = select(EventRow).where(EventRow.job_id == job_id, EventRow.id > after)
+    return (await session.scalars(query.order_by(EventRow.id).limit(limit))).all()
+
+
+async def metrics(
+    session: AsyncSession, job_id: str, *, key: str | None = None, after_step: int = -1, limit: int
+) -> Sequence[MetricRow]:
+    """Points of a job's curves (or of one) beyond `after_step`, by step and key."""
+    query = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.step > after_step)
+    if key is not None:
+        query = query.where(MetricRow.key == key)
+    return (await session.scalars(query.order_by(MetricRow.step, MetricRow.key).limit(limit))).all()
+
+
+async def metrics_beyond(session: AsyncSession, job_id: str, *, mark: int, limit: int) -> Sequence[MetricRow]:
+    """Points that came in after row `mark`, in the order in which they came."""
+    query = select(MetricRow).where(MetricRow.job_id == job_id, MetricRow.id > mark)
+    return (await session.scalars(query.order_by(MetricRow.id).limit(limit))).all()
+
+
+async def latest_metrics(session: AsyncSession, job_ids: Collection[str]) -> Sequence[MetricRow]:
+    """The last point of every curve of these jobs."""
+    last = (
+        select(MetricRow.job_id, MetricRow.key, func.max(MetricRow.step).label("step"))
+        .where(MetricRow.job_id.in_(job_ids))
+        .group_by(MetricRow.job_id, MetricRow.key)
+        .subquery()
+    )
+    same = (MetricRow.job_id == last.c.job_id, MetricRow.key == last.c.key, MetricRow.step == last.c.step)
+    return (await session.scalars(select(MetricRow).join(last, same[0] & same[1] & same[2]))).all()
+
+
+async def files(session: AsyncSession, job_id: str) -> Sequence[FileRow]:
+    """Every artifact of a job, by path."""
+    query = select(FileRow).where(FileRow.job_id == job_id).order_by(FileRow.path)
+    return (await session.scalars(query)).all()
+
+
+async def files_beyond(session: AsyncSession, job_id: str, *, mark: int, limit: int) -> Sequence[FileRow]:
+    """Artifacts that came in after row `mark`, in the order in which they came."""
+    query = select(FileRow).where(FileRow.job_id == job_id, FileRow.id > mark)
+    return (await session.scalars(query.order_by(FileRow.id).limit(limit))).all()
+
+
+async def upsert(
+    session: AsyncSession, table: type[Base], rows: Sequence[Mapping[str, Any]], *, key: Sequence[str]
+) -> None:
+    """Insert `rows`, all of the same columns; one whose `key` exists takes the place of the old one."""
+    insert = _INSERT[session.get_bind().dialect.name]
+    # One statement may not touch a row twice (PostgreSQL), so the last of each key counts.
+    unique = list({tuple(row[name] for name in key): row for row in rows}.values())
+    for start in range(0, len(unique), _ROWS_A_STATEMENT):
+        statement = insert(table).values([dict(row) for row in unique[start : start + _ROWS_A_STATEMENT]])
+        others = {name: statement.excluded[name] for name in unique[0] if name not in key}
+        await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others))
+
+
+def _newest(query: Select[JobRow]) -> Select[JobRow]:
+    return query.order_by(JobRow.created_at.desc(), JobRow.id.desc())
+
+
+def _starting_with(prefix: str) -> Select[JobRow]:
+    return select(JobRow).where(JobRow.id.startswith(prefix, autoescape=True))
+
+
+def _filtered(wanted: JobFilter) -> Select[JobRow]:
+    query = select(JobRow)
+    if wanted.states:
+        query = query.where(JobRow.state.in_(wanted.states))
+    if wanted.kinds:
+        query = query.where(JobRow.kind.in_(wanted.kinds))
+    if wanted.name is not None:
+        query = query.where(JobRow.name == wanted.name)
+    for key, value in (wanted.labels or {}).items():
+        query = query.where(JobRow.labels[key].as_string() == value)
+    if wanted.text:
+        found = (JobRow.name, JobRow.id)
+        query = query.where(or_(*(column.icontains(wanted.text, autoescape=True) for column in found)))
+    return query
