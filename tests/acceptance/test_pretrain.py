@@ -1,0 +1,52 @@
+"""Both families and both objectives on real photographs, over REST, with two Ray workers."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.acceptance.embedded import Embedded, plain_timm, specs
+
+TWO_WORKERS = {"workers": 2, "cpus_per_worker": 1}
+CASES = [
+    pytest.param(enhancer, objective, id=f"{family}-{objective}")
+    for family, enhancer in (("vit", specs.VIT), ("resnet", specs.RESNET))
+    for objective in ("respix", "revdet")
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("enhancer", "objective"), CASES)
+def test_pretrain__two_workers_give_an_encoder_for_plain_timm(
+    embedded: Embedded, tokenizer_name: str, tmp_path: Path, enhancer: dict[str, Any], objective: str
+) -> None:
+    name = f"two-{enhancer['name']}-{objective}"
+    spec = specs.pretrain(name, f"job:{tokenizer_name}", enhancer=enhancer, objective=objective)
+    (job,) = embedded.client.submit([{**spec, "resources": TWO_WORKERS}])
+    job = embedded.finished(job.id)
+
+    assert job.state == "succeeded", job.reason
+    assert job.progress.step == job.progress.total_steps == 20
+    assert job.result is not None
+    paths = {entry.path for entry in embedded.client.artifacts(job.id)}
+    assert {"encoder/model.safetensors", "encoder/config.json", "encoder/README.md"} <= paths
+    assert {"spec.json", "data/report.json", "result.json", "samples/step-20.png"} <= paths
+    assert any(path.startswith("attempts/1/checkpoints/step-20/") for path in paths)
+    assert {"mim_loss", "mim_accuracy"} <= set(job.metrics)
+
+    embedded.client.download(job.id, "encoder", tmp_path)
+    loaded = _load_with_plain_timm(tmp_path / "encoder")
+    assert loaded["finite"]
+    assert loaded["spread"] > 0
+
+
+def _load_with_plain_timm(folder: Path) -> dict[str, Any]:
+    script = str(Path(plain_timm.__file__))
+    command = [sys.executable, "-I", script, str(folder), "64"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd="/")
+    assert done.returncode == 0, done.stderr
+    answer: dict[str, Any] = json.loads(done.stdout)
+    return answer
