@@ -30,6 +30,7 @@ class Assignment(Stored):
     job_id: str
     attempt: int
     spec: dict[str, Any]  # resolved: references are replaced by `inputs`
+    submitted: dict[str, Any] | None = None  # the spec as the user wrote it, for spec.json
     inputs: dict[str, str]  # e.g. {"tokenizer": "jobs/ID/tokenizer"}: keys of the store, or a URI
     store: StoreAddress
     checkpoint: Checkpoint | None = None  # where to resume
