@@ -4,27 +4,16 @@ from service.contracts.problems import Problem
 
 STALE = "stale_attempt"
 BAD_ANSWER = "bad_answer"
+UNREACHABLE = "unreachable"
 
 
-class ClientError(Exception):
-    """Any failure of a call."""
-
-
-class UnreachableError(ClientError):
-    """Nothing answers at the service's address, or the connection broke."""
-
-
-class CorruptDownloadError(ClientError):
-    """A downloaded file is not what the service's manifest says; it was deleted again."""
-
-
-class ApiError(ClientError):
-    """The service answered with an error.
+class ApiError(Exception):
+    """A call failed: the service answered with an error, or did not answer at all.
 
     Attributes:
         problem: The RFC 9457 body; `problem.errors` names each wrong key of a spec.
         code: Stable name of the error, e.g. `invalid_spec`.
-        status: HTTP status.
+        status: HTTP status; 0 when there was no answer.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -32,6 +21,17 @@ class ApiError(ClientError):
         self.problem = problem
         self.code = problem.code
         self.status = problem.status
+
+
+class UnreachableError(ApiError):
+    """Nothing answers at the service's address, or the connection broke (code `unreachable`)."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(Problem(title="No answer", status=0, code=UNREACHABLE, detail=message))
+
+
+class CorruptDownloadError(Exception):
+    """A downloaded file is not what the service's manifest says; it was deleted again."""
 
 
 class StaleAttempt(ApiError):  # noqa: N818  it tells a worker to stop and is no fault

@@ -78,8 +78,8 @@ class Transport:
         Only for requests that are safe to repeat may `patience_s` be above 0.
 
         Raises:
-            UnreachableError: Nothing answered.
-            ApiError: The service refused, or still failed when the patience ended.
+            ApiError: The service refused, or still failed when the patience ended; an
+                `UnreachableError` when nothing answered.
         """
         return self._patiently(lambda: self._once(method, path, request), patience_s=patience_s)
 
@@ -115,7 +115,7 @@ class Transport:
         while True:
             try:
                 return send()
-            except (UnreachableError, ApiError) as error:
+            except ApiError as error:
                 tries += 1
                 pause_s = backoff.pause_s(tries)
                 if not _may_pass(error) or backoff.clock() + pause_s > deadline:
@@ -175,10 +175,8 @@ def _is_loopback(url: str) -> bool:
         return host == "localhost"
 
 
-def _may_pass(error: UnreachableError | ApiError) -> bool:
-    if isinstance(error, UnreachableError):
-        return True
-    return error.status >= 500 or error.status == TOO_MANY
+def _may_pass(error: ApiError) -> bool:
+    return isinstance(error, UnreachableError) or error.status >= 500 or error.status == TOO_MANY
 
 
 def _problem(response: httpx.Response) -> Problem:

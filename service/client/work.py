@@ -23,8 +23,8 @@ class WorkClient:
 
     Raises (each call):
         StaleAttempt: This attempt may no longer write; end without writing anything more.
-        ApiError: The service refused; repeating would not help, or the patience ended.
-        UnreachableError: The patience ended without an answer.
+        ApiError: The service refused and repeating would not help, or the patience ended; an
+            `UnreachableError` when it ended without an answer.
     """
 
     def __init__(
