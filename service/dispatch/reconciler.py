@@ -1,0 +1,252 @@
+"""One pass over all open jobs: observe, decide, act, record.
+
+Level-triggered: a pass looks at how things are, never at what happened. Whatever it does outside
+the database may be done twice, so killing it anywhere and starting again is normal.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import assert_never
+
+from service.contracts.jobs import FINAL, JobState, LogLine
+from service.contracts.tokens import attempt_token
+from service.db.engine import Sessions
+from service.dispatch import observe, record
+from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
+from service.dispatch.observe import Leftover, Observed
+from service.domain.decide import (
+    Change,
+    Decision,
+    ForceStop,
+    Keep,
+    Launch,
+    Limits,
+    Lost,
+    NoteSubmitted,
+    Sight,
+    Submit,
+    decide,
+    ready,
+)
+from service.domain.lifecycle import HOLDS_WORKERS
+from service.domain.names import log_prefix, submission_id
+from service.domain.queueing import Candidate, Load, Needs, admit
+from service.domain.retry import Backoff
+from service.store.base import ObjectStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+_ASKED_AT_ONCE = 8  # all calls about jobs go through one agent on Ray's head
+_TAIL_LINES = 200
+_QUOTED_LINES = 6
+_MAX_MESSAGE_CHARS = 4000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the dispatcher is told by the settings."""
+
+    limits: Limits
+    backoff: Backoff
+    max_active: int
+    worker_command: tuple[str, ...]  # interpreter, then -m workers
+    public_url: str  # of the api, as workers reach it
+    secret: str
+
+
+class Reconciler:
+    """Brings the cluster and the database into agreement."""
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        launcher: Launcher,
+        store: ObjectStore,
+        *,
+        rules: Rules,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._sessions, self._launcher, self._store = sessions, launcher, store
+        self._rules, self._clock, self._monotonic = rules, clock, monotonic
+        self._gone_since: dict[str, float] = {}  # submission: when we first saw it ended or missing
+        self._complained = ""
+
+    async def run_once(self) -> None:
+        """Do for every open job the next thing that it needs."""
+        jobs = await observe.open_jobs(self._sessions)
+        sights = await self._look(jobs)
+        now = self._clock()
+        admissions = await self._admissions(
+            [o for o in jobs if ready(o.job, sights[o.job.id], now=now)], jobs
+        )
+        for observed in jobs:
+            job = observed.job
+            admission = admissions.get(job.id)
+            limits = self._rules.limits
+            decided = decide(job, sights[job.id], admission=admission, now=now, limits=limits)
+            await self._carry_out(observed, decided)
+        for leftover in await observe.leftovers(self._sessions):
+            await self._clear_away(leftover)
+
+    async def _look(self, jobs: Iterable[Observed]) -> dict[str, Sight]:
+        """What the cluster says about the latest attempt of each job."""
+        asking = asyncio.Semaphore(_ASKED_AT_ONCE)
+
+        async def look(observed: Observed) -> Sight:
+            if observed.job.state not in HOLDS_WORKERS | {JobState.RETRYING}:
+                return Sight()
+            async with asking:
+                return await self._sight(observed.submission_id)
+
+        jobs = list(jobs)
+        sights = await asyncio.gather(*(look(observed) for observed in jobs))
+        return {observed.job.id: sight for observed, sight in zip(jobs, sights, strict=True)}
+
+    async def _sight(self, submission: str) -> Sight:
+        try:
+            job = await self._launcher.status(submission)
+        except LauncherUnavailableError as error:
+            self._complain(error)
+            return Sight(known=False)
+        if job is not None and not job.state.ended:
+            self._gone_since.pop(submission, None)
+            return Sight(job=job)
+        since = self._gone_since.setdefault(submission, self._monotonic())
+        return Sight(job=job, gone_for_s=self._monotonic() - since)
+
+    async def _admissions(
+        self, waiting: Iterable[Observed], jobs: Iterable[Observed]
+    ) -> Mapping[str, str | None]:
+        """Which of the ready jobs may start; the others with the reason why they wait."""
+        waiting = list(waiting)
+        if not waiting:
+            return {}
+        try:
+            capacity = await self._launcher.capacity()
+        except LauncherUnavailableError as error:
+            self._complain(error)
+            return {observed.job.id: f"waiting: {error}" for observed in waiting}
+        active = [observed.job.needs for observed in jobs if observed.job.state in HOLDS_WORKERS]
+        load = Load(
+            capacity=capacity,
+            in_use=sum(active, Needs()),
+            num_active=len(active),
+            max_active=self._rules.max_active,
+        )
+        return admit((_candidate(observed) for observed in waiting), load)
+
+    async def _carry_out(self, observed: Observed, decided: Decision) -> None:
+        """Act on one decision. One job's trouble is not another's."""
+        try:
+            await self._act(observed, decided)
+        except LauncherUnavailableError as error:
+            self._complain(error)
+        except Exception:
+            logger.exception("job %s: %s could not be carried out", observed.job.id, decided)
+
+    async def _act(self, observed: Observed, decided: Decision) -> None:
+        job, now = observed.job, self._clock()
+        match decided:
+            case Keep(reason=reason):
+                if reason is not None and reason != observed.reason:
+                    await record.reason(self._sessions, observed.seen, reason, now=now)
+            case Change():
+                await self._change(observed, decided)
+            case Launch():
+                number = await record.raise_fence(self._sessions, observed, now=now)
+                if number is not None:
+                    await self._submit(job.id, number)
+            case Submit():
+                await self._submit(job.id, job.attempt)
+            case NoteSubmitted():
+                await record.submitted(self._sessions, job.id, job.attempt, now=now)
+            case ForceStop():
+                await self._stop(job.id, job.attempt)
+            case Lost():
+                await self._lose(observed, decided)
+            case _:
+                assert_never(decided)
+
+    async def _submit(self, job_id: str, attempt: int) -> None:
+        rules = self._rules
+        told = ("--url", rules.public_url, "--attempt", f"{job_id}/{attempt}")
+        await self._launcher.submit(
+            Submission(
+                id=submission_id(job_id, attempt),
+                command=(*rules.worker_command, *told),
+                env={"CIM_ATTEMPT_TOKEN": attempt_token(rules.secret, job_id, attempt)},
+            )
+        )
+        await record.submitted(self._sessions, job_id, attempt, now=self._clock())
+        logger.info("job %s: attempt %d submitted", job_id, attempt)
+
+    async def _change(self, observed: Observed, decided: Change) -> None:
+        now = self._clock()
+        job = observed.job
+        if job.state is JobState.STOPPING and (decided.dst in FINAL or decided.dst is JobState.PAUSED):
+            # It was seen to be gone, else it would not have been decided.
+            await record.gone(self._sessions, job.id, job.attempt, now=now)
+        if await record.change(self._sessions, observed, decided, now=now):
+            logger.info("job %s: %s -> %s (%s)", job.id, job.state, decided.dst, decided.reason)
+
+    async def _stop(self, job_id: str, attempt: int) -> None:
+        await self._launcher.stop(submission_id(job_id, attempt))
+        await record.stop_sent(self._sessions, job_id, attempt, now=self._clock())
+
+    async def _lose(self, observed: Observed, lost: Lost) -> None:
+        job = observed.job
+        tail = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
+        await self._launcher.stop(observed.submission_id)
+        await self._keep_log(observed, tail)
+        quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]
+        message = lost.message + ("; its last lines: " + " | ".join(quoted) if quoted else "")
+        told = Lost(kind=lost.kind, message=message[:_MAX_MESSAGE_CHARS])
+        backoff, now = self._rules.backoff, self._clock()
+        if await record.lost(self._sessions, observed, told, backoff=backoff, now=now):
+            logger.warning("job %s: attempt %d is lost: %s", job.id, job.attempt, told.message)
+
+    async def _keep_log(self, observed: Observed, tail: list[str]) -> None:
+        """Save the driver's last words: Ray loses them with its node."""
+        if not tail:
+            return
+        job, at = observed.job, self._clock()
+        lines = [
+            LogLine(at=at, attempt=job.attempt, source="ray", level="error", message=text) for text in tail
+        ]
+        data = "".join(line.model_dump_json() + "\n" for line in lines).encode()
+        key = f"{log_prefix(job.id, job.attempt)}ray-000001.jsonl"
+        try:
+            await asyncio.to_thread(self._store.put_bytes, key, data)
+        except StoreError as error:
+            logger.warning("job %s: the log's tail was not kept: %s", job.id, error)
+
+    async def _clear_away(self, leftover: Leftover) -> None:
+        """End an attempt whose job has gone on without it, after a grace in which it may do so itself."""
+        try:
+            sight = await self._sight(leftover.submission_id)
+            now = self._clock()
+            if sight.gone:
+                await record.gone(self._sessions, leftover.job_id, leftover.attempt, now=now)
+                self._gone_since.pop(leftover.submission_id, None)
+            elif (
+                sight.known and (now - leftover.over_since).total_seconds() >= self._rules.limits.stop_grace_s
+            ):
+                await self._stop(leftover.job_id, leftover.attempt)
+        except LauncherUnavailableError as error:
+            self._complain(error)
+
+    def _complain(self, error: LauncherUnavailableError) -> None:
+        # An outage would fill the log with the same line, one a second.
+        if str(error) != self._complained:
+            logger.warning("%s", error)
+            self._complained = str(error)
+
+
+def _candidate(observed: Observed) -> Candidate:
+    job = observed.job
+    return Candidate(job_id=job.id, priority=job.priority, created_at=job.created_at, needs=job.needs)

@@ -1,0 +1,145 @@
+"""The dispatcher's writes. Each is one short transaction, guarded by what was seen before."""
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import FailureKind, JobState
+from service.db import moves
+from service.db.engine import Sessions
+from service.db.tables import AttemptRow, JobRow
+from service.dispatch.observe import Observed
+from service.domain import retry
+from service.domain.decide import Change, Lost
+from service.domain.names import submission_id
+
+
+async def reason(sessions: Sessions, seen: moves.Seen, text: str, *, now: datetime) -> None:
+    """Let a waiting job say what it waits for. Not an event: it may change every second."""
+    async with sessions.begin() as session:
+        await session.execute(
+            update(JobRow)
+            .where(JobRow.id == seen.id, JobRow.version == seen.version)
+            .values(reason=text, updated_at=now)
+        )
+
+
+async def change(sessions: Sessions, observed: Observed, decided: Change, *, now: datetime) -> bool:
+    """Move a job; the attempt of one that was stopping ends with it."""
+    values = {"failure_kind": decided.failure_kind} if decided.failure_kind else {}
+    async with sessions.begin() as session:
+        moved = await moves.move(
+            session,
+            observed.seen,
+            decided.dst,
+            actor="dispatcher",
+            message=decided.reason,
+            now=now,
+            values=values,
+        )
+        if moved and observed.job.state is JobState.STOPPING:
+            await _end_attempt(session, observed, now=now, values={"outcome": "stopped"})
+        return moved
+
+
+async def raise_fence(sessions: Sessions, observed: Observed, *, now: datetime) -> int | None:
+    """Begin the next attempt, from now on the only one that may write.
+
+    Returns:
+        Its number, or None if the job has moved meanwhile.
+    """
+    number = observed.job.attempt + 1
+    async with sessions.begin() as session:
+        moved = await moves.move(
+            session,
+            observed.seen,
+            JobState.LAUNCHING,
+            actor="dispatcher",
+            message=f"attempt {number} is starting",
+            now=now,
+            values={"attempt": number, "not_before": None, "failure_kind": None},
+        )
+        if not moved:
+            return None
+        row = AttemptRow(
+            job_id=observed.job.id,
+            number=number,
+            submission_id=submission_id(observed.job.id, number),
+            started_at=now,
+        )
+        session.add(row)
+    return number
+
+
+async def lost(
+    sessions: Sessions, observed: Observed, decided: Lost, *, backoff: retry.Backoff, now: datetime
+) -> bool:
+    """End the attempt as failed, and let the retry rule say what becomes of its job."""
+    verdict = retry.decide(
+        decided.kind,
+        decided.message,
+        attempt=observed.job.attempt,
+        max_attempts=observed.max_attempts,
+        backoff=backoff,
+    )
+    values: dict[str, Any] = {"failure_kind": decided.kind}
+    if verdict.retry:
+        values["not_before"] = now + timedelta(seconds=verdict.delay_s)
+    async with sessions.begin() as session:
+        moved = await moves.move(
+            session,
+            observed.seen,
+            JobState.RETRYING if verdict.retry else JobState.FAILED,
+            actor="dispatcher",
+            message=verdict.reason,
+            now=now,
+            values=values,
+        )
+        if moved:
+            await _end_attempt(session, observed, now=now, values=_failed(decided.kind, decided.message))
+        return moved
+
+
+async def submitted(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
+    """Note that the cluster has taken an attempt."""
+    await _stamp(sessions, job_id, attempt, column="launched_at", now=now)
+
+
+async def stop_sent(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
+    """Note that the cluster was asked to end an attempt."""
+    await _stamp(sessions, job_id, attempt, column="stop_sent_at", now=now)
+
+
+async def gone(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
+    """Note that the cluster runs an attempt no longer."""
+    await _stamp(sessions, job_id, attempt, column="ray_ended_at", now=now)
+
+
+def _failed(kind: FailureKind, message: str) -> dict[str, Any]:
+    return {"outcome": "failed", "failure_kind": kind, "message": message}
+
+
+async def _end_attempt(
+    session: AsyncSession, observed: Observed, *, now: datetime, values: Mapping[str, Any]
+) -> None:
+    """End the attempt, unless the worker has done so itself."""
+    job = observed.job
+    await session.execute(
+        update(AttemptRow)
+        .where(AttemptRow.job_id == job.id, AttemptRow.number == job.attempt, AttemptRow.ended_at.is_(None))
+        .values(ended_at=now, **values)
+    )
+
+
+async def _stamp(sessions: Sessions, job_id: str, attempt: int, *, column: str, now: datetime) -> None:
+    """Set a moment once; the first one stays."""
+    row = getattr(AttemptRow, column)
+    async with sessions.begin() as session:
+        await session.execute(
+            update(AttemptRow)
+            .where(AttemptRow.job_id == job_id, AttemptRow.number == attempt, row.is_(None))
+            .values({column: now})
+        )
