@@ -30,6 +30,10 @@ class UnreachableError(ApiError):
         super().__init__(Problem(title="No answer", status=0, code=UNREACHABLE, detail=message))
 
 
+class RefusedError(UnreachableError):
+    """No program listens at the service's address."""
+
+
 class CorruptDownloadError(Exception):
     """A downloaded file is not what the service's manifest says; it was deleted again."""
 

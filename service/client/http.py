@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from service.client.errors import BAD_ANSWER, ApiError, UnreachableError, api_error
+from service.client.errors import BAD_ANSWER, ApiError, RefusedError, UnreachableError, api_error
 from service.contracts.problems import Problem
 
 T = TypeVar("T")
@@ -47,9 +47,11 @@ class Transport:
         timeout_s: float = 30.0,
         token: str | None = None,
         backoff: Backoff | None = None,
+        refused_is_final: bool = False,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.url = checked_url(url)
+        self._refused_is_final = refused_is_final  # a person at a terminal would rather know at once
         self._backoff = backoff or Backoff()
         self._http = httpx.Client(
             base_url=self.url,
@@ -81,7 +83,7 @@ class Transport:
             ApiError: The service refused, or still failed when the patience ended; an
                 `UnreachableError` when nothing answered.
         """
-        return self._patiently(lambda: self._once(method, path, request), patience_s=patience_s)
+        return self.patiently(lambda: self._once(method, path, request), patience_s=patience_s)
 
     @contextmanager
     def stream(
@@ -101,14 +103,8 @@ class Transport:
                 raise api_error(_problem(response))
             yield response
 
-    def _once(self, method: str, path: str, request: dict[str, Any]) -> httpx.Response:
-        with self._translated():
-            response = self._http.request(method, path, **request)
-        if response.is_error:
-            raise api_error(_problem(response))
-        return response
-
-    def _patiently(self, send: Callable[[], T], *, patience_s: float) -> T:
+    def patiently(self, send: Callable[[], T], *, patience_s: float) -> T:
+        """The result of `send`, tried again with back-off while the service is away."""
         backoff = self._backoff
         deadline = backoff.clock() + patience_s
         tries = 0
@@ -118,16 +114,28 @@ class Transport:
             except ApiError as error:
                 tries += 1
                 pause_s = backoff.pause_s(tries)
-                if not _may_pass(error) or backoff.clock() + pause_s > deadline:
+                if not self._may_pass(error) or backoff.clock() + pause_s > deadline:
                     raise
             backoff.sleep(pause_s)
+
+    def _once(self, method: str, path: str, request: dict[str, Any]) -> httpx.Response:
+        with self._translated():
+            response = self._http.request(method, path, **request)
+        if response.is_error:
+            raise api_error(_problem(response))
+        return response
+
+    def _may_pass(self, error: ApiError) -> bool:
+        if isinstance(error, UnreachableError):
+            return not (self._refused_is_final and isinstance(error, RefusedError))
+        return error.status >= 500 or error.status == TOO_MANY
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
         try:
             yield
         except httpx.ConnectError as error:
-            raise UnreachableError(
+            raise RefusedError(
                 f"nothing answers at {self.url} ({error}); start the service with `cim up`, "
                 "or name a running one with --url or CIM_URL"
             ) from error
@@ -137,7 +145,7 @@ class Transport:
             raise UnreachableError(f"the connection to {self.url} broke: {error}") from error
 
 
-def parse(kind: type[T] | Any, response: httpx.Response) -> T:
+def parse(kind: type[T], response: httpx.Response) -> T:
     """The JSON body as `kind`; an `ApiError` of code `bad_answer` when it is something else."""
     try:
         result: T = TypeAdapter(kind).validate_json(response.content)
@@ -173,10 +181,6 @@ def _is_loopback(url: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _may_pass(error: ApiError) -> bool:
-    return isinstance(error, UnreachableError) or error.status >= 500 or error.status == TOO_MANY
 
 
 def _problem(response: httpx.Response) -> Problem:

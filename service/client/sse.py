@@ -1,0 +1,35 @@
+"""Server-sent events, as much of the WHATWG standard (section 9.2) as the service uses."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One event of a stream."""
+
+    event: str
+    data: str
+    id: str | None  # where to go on after a broken connection
+
+
+def messages(lines: Iterable[str]) -> Iterator[Message]:
+    """The events in `lines` (without their line ends). An event that was cut off is dropped."""
+    event = "message"
+    data: list[str] = []
+    last_id: str | None = None
+    for line in lines:
+        if not line:
+            if data:
+                yield Message(event, "\n".join(data), last_id)
+            event, data = "message", []
+            continue
+        name, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        if name == "event":
+            event = value
+        elif name == "data":
+            data.append(value)
+        elif name == "id":
+            last_id = value
+        # Lines that start with a colon keep the connection alive; unknown fields are skipped.
