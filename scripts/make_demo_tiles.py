@@ -67,7 +67,7 @@ def overlap(a: Box, b: Box) -> int:
 
 
 def candidates(area: Box, *, forbidden: Sequence[Box] = ()) -> list[Box]:
-    """All squares inside `area` that touch no forbidden box, in an order that looks random and never changes."""
+    """Squares inside `area` that touch no forbidden box, in an order that looks random and never changes."""
     boxes = [
         (x, y, x + side, y + side)
         for side in SIDES

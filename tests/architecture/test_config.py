@@ -1,0 +1,97 @@
+"""Config classes are frozen, keyword-only and strict; every choice they offer exists."""
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from cim_core import config, masking, registry
+from cim_core.tokenizers import quantise
+from service.contracts import specs
+from service.contracts.base import Contract
+
+CONFIGS = [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if isinstance(c, type)]
+WIRE = [c for _, c in inspect.getmembers(specs, inspect.isclass) if issubclass(c, Contract)]
+MINIMAL: dict[str, dict[str, Any]] = {
+    "Duration": {"steps": 1},
+    "TokenizerSource": {"source": "job:tok"},
+    "EnhancerConfig": {"name": "resnet18"},
+    "ObjectiveConfig": {"name": "respix"},
+    "ModelConfig": {
+        "tokenizer": {"source": "job:tok"},
+        "enhancer": {"name": "resnet18"},
+        "objective": {"name": "respix"},
+    },
+    "TrainingConfig": {"steps": 1},
+}
+
+
+def test_configs__all_are_found() -> None:
+    assert {c.__name__ for c in CONFIGS} >= {"ModelConfig", "TrainingConfig", "TokenizerConfig", *MINIMAL}
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
+def test_configs__are_frozen_and_keyword_only(cls: Any) -> None:
+    assert cls.__dataclass_params__.frozen
+    assert all(field.kw_only for field in dataclasses.fields(cls))
+
+
+@pytest.mark.parametrize("cls", CONFIGS, ids=lambda c: c.__name__)
+def test_configs__refuse_unknown_keys(cls: Any) -> None:
+    adapter = TypeAdapter(cls)
+    good = MINIMAL.get(cls.__name__, {})
+    adapter.validate_python(good)
+    with pytest.raises(ValidationError, match="surplus"):
+        adapter.validate_python({**good, "surplus": 1})
+
+
+@pytest.mark.parametrize("cls", WIRE, ids=lambda c: c.__name__)
+def test_wire_models__are_frozen_and_refuse_unknown_keys(cls: type[Contract]) -> None:
+    assert cls.model_config.get("frozen") is True
+    assert cls.model_config.get("extra") == "forbid"
+
+
+def choices(cls: Any, field: str) -> set[str]:
+    """What a `Literal` field offers."""
+    return set(typing.get_args(typing.get_type_hints(cls)[field]))
+
+
+@pytest.mark.parametrize(
+    ("cls", "field", "entries"),
+    [
+        (config.ObjectiveConfig, "name", registry.OBJECTIVES),
+        (config.ObjectiveConfig, "name", registry.DEFAULT_WEIGHTS),
+        (config.MaskingConfig, "strategy", masking._STRATEGIES),
+        (config.TokenizerConfig, "quantiser", quantise.QUANTISERS),
+    ],
+)
+def test_choices__each_has_an_entry_and_each_entry_is_a_choice(
+    cls: Any, field: str, entries: Mapping[str, object]
+) -> None:
+    assert choices(cls, field) == set(entries)
+
+
+def test_choices__each_is_looked_at_here() -> None:
+    literal = {
+        (cls.__name__, name)
+        for cls in CONFIGS
+        for name, hint in typing.get_type_hints(cls).items()
+        if typing.get_origin(hint) is typing.Literal
+    }
+    # Precision is a flag of the loop (autocast on or off), not something to be built.
+    assert literal - {("TrainingConfig", "precision")} == {
+        ("ObjectiveConfig", "name"),
+        ("MaskingConfig", "strategy"),
+        ("TokenizerConfig", "quantiser"),
+    }
+
+
+@pytest.mark.parametrize("objective", sorted(registry.OBJECTIVES))
+def test_objectives__each_has_a_test_module(objective: str) -> None:
+    tests = Path(__file__).parent.parent / "unit" / "cim_core"
+    assert list(tests.rglob(f"test_{objective}*.py"))
