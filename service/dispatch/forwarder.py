@@ -1,0 +1,207 @@
+"""Carries what the database holds over to the tracker, from high-water marks.
+
+The marks are in the database and move only after the tracker has taken what lies below them. So an
+outage of the tracker loses nothing, costs no training step, and never holds up a launch.
+"""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import select, update
+
+from service.contracts.jobs import FINAL, JobState
+from service.db import moves, queries
+from service.db.engine import Sessions, only_reads
+from service.db.tables import FileRow, JobRow
+from service.dispatch.tracker import (
+    MAX_BATCH,
+    NewRun,
+    Outcome,
+    Picture,
+    Point,
+    Tracker,
+    TrackerRefusedError,
+    TrackerUnavailableError,
+)
+from service.domain.names import job_prefix
+from service.store.base import MissingObjectError, ObjectStore, StoreError
+
+logger = logging.getLogger(__name__)
+
+_JOBS_A_PASS = 500
+_FILES_A_READ = 100
+_SAMPLE = re.compile(r"samples/step-(\d+)\.png")
+_OUTCOMES = {
+    JobState.SUCCEEDED: Outcome.FINISHED,
+    JobState.FAILED: Outcome.FAILED,
+    JobState.CANCELLED: Outcome.KILLED,
+}
+
+
+class Forwarder:
+    """Keeps one run a job up to date."""
+
+    def __init__(self, sessions: Sessions, tracker: Tracker, store: ObjectStore, *, public_url: str) -> None:
+        self._sessions, self._tracker, self._store = sessions, tracker, store
+        self._public_url = public_url
+        self._complained = ""
+
+    async def run_once(self) -> None:
+        """Bring the runs of all jobs that were ever launched up to date."""
+        for job in await self._unfinished():
+            try:
+                await self._forward(job)
+            except TrackerUnavailableError as error:
+                # It is down for the others too.
+                self._complain(str(error))
+                return
+            except TrackerRefusedError as error:
+                await self._give_up(job, str(error))
+            except StoreError as error:
+                self._complain(f"pictures of job {job.id} wait: {error}")
+            except Exception:
+                logger.exception("job %s could not be forwarded", job.id)
+            else:
+                self._complained = ""
+
+    async def _unfinished(self) -> list[JobRow]:
+        query = (
+            select(JobRow)
+            .where(JobRow.attempt > 0, JobRow.mlflow_closed.is_(False))
+            .order_by(JobRow.updated_at.desc())
+            .limit(_JOBS_A_PASS)
+        )
+        async with self._sessions.begin() as session:
+            await only_reads(session)
+            return list(await session.scalars(query))
+
+    async def _forward(self, job: JobRow) -> None:
+        """`job` was read before its points and files: if it was final then, they are complete."""
+        run_id = job.mlflow_run_id or await self._begin(job)
+        await self._forward_points(job, run_id)
+        await self._forward_pictures(job, run_id)
+        if job.state in FINAL:
+            await self._close(job, run_id)
+
+    async def _begin(self, job: JobRow) -> str:
+        run = NewRun(
+            job_id=job.id,
+            name=job.name,
+            started_at=job.created_at,
+            description=describe(job, public_url=self._public_url),
+            tags=_tags(job, public_url=self._public_url),
+            params=flatten(job.resolved),
+        )
+        run_id = await self._tracker.ensure_run(run)
+        await self._write(job.id, mlflow_run_id=run_id)
+        return run_id
+
+    async def _forward_points(self, job: JobRow, run_id: str) -> None:
+        mark = job.mlflow_metric_mark
+        while True:
+            async with self._sessions.begin() as session:
+                await only_reads(session)
+                rows = await queries.metrics_beyond(session, job.id, mark=mark, limit=MAX_BATCH)
+            if not rows:
+                return
+            points = [Point(key=row.key, step=row.step, value=row.value, at=row.at) for row in rows]
+            await self._tracker.log_points(run_id, points)
+            mark = rows[-1].id
+            await self._write(job.id, mlflow_metric_mark=mark)
+
+    async def _forward_pictures(self, job: JobRow, run_id: str) -> None:
+        mark = job.mlflow_file_mark
+        while True:
+            async with self._sessions.begin() as session:
+                await only_reads(session)
+                rows = await queries.files_beyond(session, job.id, mark=mark, limit=_FILES_A_READ)
+            if not rows:
+                return
+            for row in rows:
+                await self._forward_picture(row, run_id)
+                mark = row.id
+                await self._write(job.id, mlflow_file_mark=mark)
+
+    async def _forward_picture(self, row: FileRow, run_id: str) -> None:
+        sample = _SAMPLE.fullmatch(row.path)
+        if sample is None:
+            return
+        try:
+            png = await asyncio.to_thread(self._store.get_bytes, f"{job_prefix(row.job_id)}/{row.path}")
+        except MissingObjectError:
+            logger.warning("job %s: %s is gone from the object store", row.job_id, row.path)
+            return
+        picture = Picture(series="samples", step=int(sample[1]), png=png, at=row.at)
+        await self._tracker.log_picture(run_id, picture)
+
+    async def _close(self, job: JobRow, run_id: str) -> None:
+        description = describe(job, public_url=self._public_url)
+        ended_at = job.finished_at or job.updated_at
+        await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
+        await self._write(job.id, mlflow_closed=True)
+
+    async def _give_up(self, job: JobRow, why: str) -> None:
+        """The run was deleted, or the like: say so once, and let the job go on without it."""
+        logger.warning("job %s is no longer recorded: %s", job.id, why)
+        async with self._sessions.begin() as session:
+            await session.execute(update(JobRow).where(JobRow.id == job.id).values(mlflow_closed=True))
+            told = f"no longer recorded in MLflow: {why}"
+            moves.note(session, job.id, actor="dispatcher", message=told, now=datetime.now(UTC))
+
+    async def _write(self, job_id: str, **columns: Any) -> None:
+        async with self._sessions.begin() as session:
+            await session.execute(update(JobRow).where(JobRow.id == job_id).values(**columns))
+
+    def _complain(self, told: str) -> None:
+        # Once an outage, not once a second.
+        if told != self._complained:
+            logger.warning("%s", told)
+            self._complained = told
+
+
+def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
+    """Dotted path to value; lists stay whole, as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, prefix=f"{path}.")
+        elif isinstance(value, str):
+            flat[path] = value
+        else:
+            flat[path] = json.dumps(value)
+    return flat
+
+
+def describe(job: JobRow, *, public_url: str) -> str:
+    """The run's page in Markdown: what it is, where its job and its artifacts are."""
+    api = f"{public_url}/v1/jobs/{job.id}"
+    lines = [
+        f"**{job.kind}** job `{job.name}` (`{job.id}`): {job.state}. {job.reason}".rstrip(),
+        "",
+        f"- [the job]({api}), [its artifacts]({api}/artifacts), [its events]({api}/events), "
+        f"[the API]({public_url}/docs)",
+        f"- artifacts lie under `{job_prefix(job.id)}/` of the object store",
+    ]
+    if job.kind == "pretrain" and job.state is JobState.SUCCEEDED:
+        lines += [
+            "",
+            "Load the encoder with plain timm:",
+            "",
+            "```",
+            f"cim download {job.id} --output {job.name}",
+            f'python -c "import timm; print(timm.create_model('
+            f"'local-dir:{job.name}/encoder', pretrained=True))\"",
+            "```",
+        ]
+    return "\n".join(lines)
+
+
+def _tags(job: JobRow, *, public_url: str) -> dict[str, str]:
+    labels = {f"label.{key}": str(value) for key, value in job.labels.items()}
+    return {**labels, "cim.kind": job.kind, "cim.job": f"{public_url}/v1/jobs/{job.id}"}
