@@ -42,6 +42,16 @@ _OUTCOMES = {
     JobState.CANCELLED: Outcome.KILLED,
 }
 
+_HOW_TO_LOAD = """
+Load the encoder with plain timm, after `cim download {job_id} --output {folder}`:
+
+```python
+import timm
+
+encoder = timm.create_model("local-dir:{folder}/encoder", pretrained=True)
+```
+"""
+
 
 class Forwarder:
     """Keeps one run a job up to date."""
@@ -181,24 +191,20 @@ def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:
 def describe(job: JobRow, *, public_url: str) -> str:
     """The run's page in Markdown: what it is, where its job and its artifacts are."""
     api = f"{public_url}/v1/jobs/{job.id}"
+    links = {
+        "the job": api,
+        "artifacts": f"{api}/artifacts",
+        "events": f"{api}/events",
+        "API": f"{public_url}/docs",
+    }
     lines = [
         f"**{job.kind}** job `{job.name}` (`{job.id}`): {job.state}. {job.reason}".rstrip(),
         "",
-        f"- [the job]({api}), [its artifacts]({api}/artifacts), [its events]({api}/events), "
-        f"[the API]({public_url}/docs)",
+        "- " + " · ".join(f"[{text}]({address})" for text, address in links.items()),
         f"- artifacts lie under `{job_prefix(job.id)}/` of the object store",
     ]
     if job.kind == "pretrain" and job.state is JobState.SUCCEEDED:
-        lines += [
-            "",
-            "Load the encoder with plain timm:",
-            "",
-            "```",
-            f"cim download {job.id} --output {job.name}",
-            f'python -c "import timm; print(timm.create_model('
-            f"'local-dir:{job.name}/encoder', pretrained=True))\"",
-            "```",
-        ]
+        lines.append(_HOW_TO_LOAD.format(job_id=job.id, folder=job.name))
     return "\n".join(lines)
 
 
