@@ -1,0 +1,87 @@
+"""Rules between the parts of one spec that is sound in itself: what the core would refuse later."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from cim_core.config import GeneratorConfig, ModelConfig, TrainingConfig
+from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width, nearest_enhancers
+from service.contracts.problems import FieldProblem
+from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources, TokenizerSpec
+
+AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
+
+
+def check(spec: AnySpec) -> Iterator[FieldProblem]:
+    """Every broken rule."""
+    if isinstance(spec, EvaluateSpec):
+        yield from _encoder(spec.encoder)
+        return
+    yield from _training(spec.training, spec.resources)
+    if isinstance(spec, PretrainSpec):
+        yield from _model(spec.model)
+
+
+def _problem(path: str, message: str, value: Any) -> FieldProblem:
+    return FieldProblem(path=path, message=message, value=value)
+
+
+def _encoder(encoder: str) -> Iterator[FieldProblem]:
+    if encoder == "random":
+        told = "must name an encoder; compare_random: true already measures random weights beside it"
+        yield _problem("encoder", f"{told}, got 'random'", encoder)
+
+
+def _training(training: TrainingConfig, resources: Resources) -> Iterator[FieldProblem]:
+    portions = resources.workers * training.accumulation
+    if training.batch_size % portions:
+        rule = f"must be a multiple of resources.workers x training.accumulation = {portions}"
+        up = -(-training.batch_size // portions) * portions
+        told = f"{rule}, got {training.batch_size}; for example {up}"
+        yield _problem("training.batch_size", told, training.batch_size)
+    for name in ("steps", "epochs", "images"):
+        total = getattr(training, name)
+        warmup = training.warmup and getattr(training.warmup, name)
+        if total is not None and warmup is not None and warmup > total:
+            told = f"must not be longer than the training of {total:g} {name}, got {warmup:g}"
+            yield _problem(f"training.warmup.{name}", told, warmup)
+
+
+def _model(model: ModelConfig) -> Iterator[FieldProblem]:
+    name = model.enhancer.name
+    facts = facts_of(model.enhancer)
+    if facts is None:
+        near = nearest_enhancers(name)
+        hint = f"the nearest: {', '.join(near)}" if near else "timm.list_models() lists them"
+        told = f"must be the name of a timm model without a tag, got {name!r}; {hint}"
+        yield _problem("model.enhancer.name", told, name)
+    elif not facts.ok:
+        yield _problem("model.enhancer.name", f"{name} cannot serve here: {facts.why}", name)
+    else:
+        yield from _sharing(model, facts)
+
+
+def _sharing(model: ModelConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
+    shared = model.enhancer.shared_blocks
+    if not shared:
+        # An open key becomes two shared blocks, but only where nothing else stands against it.
+        yield from _heads(model.generator, facts)
+        return
+    where = "model.enhancer.shared_blocks"
+    if not facts.can_share:
+        told = f"must be 0 for {model.enhancer.name}: only the blocks of a plain ViT fit the generator"
+        yield _problem(where, f"{told}, got {shared}", shared)
+        return
+    if facts.depth is not None and shared > facts.depth:
+        yield _problem(where, f"must not exceed the enhancer's {facts.depth} blocks, got {shared}", shared)
+    for key, theirs in (("width", facts.width), ("heads", facts.heads)):
+        ours = getattr(model.generator, key)
+        if ours is not None and theirs is not None and ours != theirs:
+            rule = f"must be the enhancer's {theirs} where blocks are shared (or leave it out)"
+            yield _problem(f"model.generator.{key}", f"{rule}, got {ours}", ours)
+
+
+def _heads(generator: GeneratorConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
+    width = generator_width(generator, facts)
+    if generator.heads is not None and width % generator.heads:
+        told = f"must divide the generator's width {width}, got {generator.heads}"
+        yield _problem("model.generator.heads", told, generator.heads)

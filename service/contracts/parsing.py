@@ -1,0 +1,177 @@
+"""From what a user wrote to a spec, or to the list of all mistakes in it."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from cim_core.errors import ConfigError
+from service.contracts import checks
+from service.contracts.lessons import place_of, problems_of, shown, unknown_kind
+from service.contracts.problems import FieldProblem
+from service.contracts.spec_keys import MODELS, Part, dotted
+from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
+from service.errors import InvalidSpecError
+
+AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
+_MOST_ROUNDS = 8
+_DEEPEST = 32  # levels; the models have five
+
+
+def parse(raw: object, *, where: str = "") -> AnySpec:
+    """The spec that `raw`, a parsed YAML or JSON document, stands for.
+
+    Raises InvalidSpecError with every mistake; `where` goes before each path, e.g. `[1].`.
+    """
+    spec, problems = examine(raw)
+    if spec is None or problems:
+        raise InvalidSpecError([at(where, problem) for problem in problems])
+    return spec
+
+
+def parse_all(documents: Sequence[object]) -> list[AnySpec]:
+    """Several documents; with more than one, paths begin with the document's number, `[1].`."""
+    specs: list[AnySpec] = []
+    problems: list[FieldProblem] = []
+    for number, document in enumerate(documents):
+        try:
+            specs.append(parse(document, where=place(number, len(documents))))
+        except InvalidSpecError as error:
+            problems += error.errors
+    if problems:
+        raise InvalidSpecError(problems)
+    return specs
+
+
+def place(number: int, count: int) -> str:
+    """What goes before the paths of document `number` of `count`."""
+    return f"[{number}]." if count > 1 else ""
+
+
+def at(where: str, problem: FieldProblem) -> FieldProblem:
+    """The problem with `where` before its path."""
+    return problem.model_copy(update={"path": (where + problem.path).rstrip(".") or "spec"})
+
+
+def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:
+    """The spec, where one could be made of `raw`, and every mistake found."""
+    if _nested_too_deep(raw):
+        told = f"a spec must not be nested deeper than {_DEEPEST} levels"
+        return None, [FieldProblem(path="", message=told)]
+    if not isinstance(raw, dict):
+        told = f"a spec must be a mapping of keys to values, got {shown(raw)!r}"
+        return None, [FieldProblem(path="", message=told, value=shown(raw))]
+    kind = raw.get("kind")
+    if not isinstance(kind, str) or kind not in MODELS:
+        return None, [unknown_kind(raw)]
+    return _examine_kind(raw, kind)
+
+
+def _examine_kind(raw: Mapping[str, Any], kind: str) -> tuple[AnySpec | None, list[FieldProblem]]:
+    """Validate, take what is wrong out, validate the rest: a broken part must not hide other mistakes."""
+    unsound = dict(_unsound(raw))
+    found = {problem.path: problem for problem in unsound.values()}
+    removed = set(unsound)
+    rest: Any = _without(raw, removed)
+    for _ in range(_MOST_ROUNDS):
+        try:
+            spec: AnySpec = MODELS[kind].model_validate(rest)
+        except ValidationError as error:
+            wrong = _take(error, rest, kind=kind, removed=removed, found=found)
+            if not wrong - removed:
+                return None, list(found.values())
+            removed |= wrong
+            rest = _without(raw, removed)
+        else:
+            found |= {problem.path: problem for problem in _mistaken_truths(rest, spec)}
+            for problem in checks.check(spec):
+                if not _touches(problem, removed):
+                    found.setdefault(problem.path, problem)
+            return spec, list(found.values())
+    return None, list(found.values())
+
+
+def _take(
+    error: ValidationError,
+    rest: Mapping[str, Any],
+    *,
+    kind: str,
+    removed: set[tuple[Part, ...]],
+    found: dict[str, FieldProblem],
+) -> set[tuple[Part, ...]]:
+    """Add what `error` says to `found`; where in the spec something has to go before the next try."""
+    wrong: set[tuple[Part, ...]] = set()
+    for detail in error.errors(include_url=False):
+        parts = place_of(detail, rest, kind=kind)
+        cause = detail.get("ctx", {}).get("error")
+        names = [name.split(".") for name, _ in cause.problems] if isinstance(cause, ConfigError) else []
+        wrong |= {(*parts, *name) for name in names} or {parts}
+        # A rule between keys of one object says nothing true once one of them was taken out.
+        if names and any(gone[:-1] == parts for gone in removed):
+            continue
+        for problem in problems_of(detail, rest, kind=kind):
+            found.setdefault(problem.path, problem)
+    return wrong
+
+
+def _touches(problem: FieldProblem, removed: set[tuple[Part, ...]]) -> bool:
+    """Whether a rule between parts was judged with the default of a key that was taken out."""
+    section = problem.path.partition(".")[0]
+    return any(gone[:1] in ((section,), ("resources",)) for gone in removed)
+
+
+def _without(raw: Any, removed: set[tuple[Part, ...]]) -> Any:
+    """A copy of `raw` in which these places are empty; an item of a list takes the list with it."""
+    if isinstance(raw, dict):
+        gone = {parts[0] for parts in removed if len(parts) == 1}
+        return {
+            key: _without(value, {parts[1:] for parts in removed if parts[:1] == (key,) and len(parts) > 1})
+            for key, value in raw.items()
+            if key not in gone and not (isinstance(value, list) and any(p[0] == key for p in removed))
+        }
+    return raw
+
+
+def _nested_too_deep(raw: object) -> bool:
+    level = [raw]
+    for _ in range(_DEEPEST):
+        inner = [list(value.values()) if isinstance(value, dict) else value for value in level]
+        level = [item for value in inner if isinstance(value, list) for item in value]
+    return bool(level)
+
+
+def _unsound(raw: object) -> Iterator[tuple[tuple[Part, ...], FieldProblem]]:
+    """Texts and numbers that no database takes: NUL, half characters, infinities."""
+    todo: list[tuple[tuple[Part, ...], object]] = [((), raw)]
+    while todo:
+        parts, value = todo.pop()
+        if isinstance(value, dict):
+            todo += [((*parts, key), inner if _sound(key) else key) for key, inner in value.items()]
+        elif isinstance(value, list):
+            todo += [((*parts, number), inner) for number, inner in enumerate(value)]
+        elif not _sound(value):
+            path = dotted([part if _sound(part) else repr(part) for part in parts])
+            told = f"must be a finite number or printable text, got {value!r}"
+            yield parts, FieldProblem(path=path, message=told, value=repr(value))
+
+
+def _sound(value: object) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, str):
+        return "\x00" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
+    return True
+
+
+def _mistaken_truths(raw: Mapping[str, Any], spec: AnySpec) -> Iterator[FieldProblem]:
+    """`yes` and `true` where a number belongs, which Python takes for 1."""
+    todo: list[tuple[tuple[Part, ...], Any, Any]] = [((), raw, spec.model_dump(mode="json"))]
+    while todo:
+        parts, given, taken = todo.pop()
+        if isinstance(given, dict) and isinstance(taken, dict):
+            todo += [((*parts, key), value, taken.get(key)) for key, value in given.items()]
+        elif isinstance(given, list) and isinstance(taken, list):
+            todo += [((*parts, n), pair[0], pair[1]) for n, pair in enumerate(zip(given, taken, strict=True))]
+        elif isinstance(given, bool) and not isinstance(taken, bool):
+            yield FieldProblem(path=dotted(parts), message=f"must be a number, got {given}", value=given)
