@@ -1,0 +1,102 @@
+"""RESPIX: regress the original's pixels at all positions, normalised by their neighbourhood.
+
+Shape letters in this file:
+    B  images      C  colour channels (3)      H, W  image height and width, pixels
+    N  token positions      D  feature channels      h  feature positions a side
+
+Images are in [0, 1]; normalised pixels have no unit. CIM (arXiv 2202.03382), section on RESPIX;
+what the paper leaves open is listed in docs/method.md.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cim_core.config import ObjectiveConfig
+from cim_core.models.heads import PixelHead
+from cim_core.objectives.base import ObjectiveOutput, Truth
+
+EPS = 1e-6  # added to the variance, as in MAE; without it flat areas become amplified rounding noise
+
+
+class WindowStatistics(nn.Module):
+    """Mean and deviation of the square window around each pixel, per channel.
+
+    A window of even side reaches one pixel further right and down than left and up. Windows that
+    overhang the border average only the pixels they cover.
+    """
+
+    def __init__(self, window: int, *, eps: float = EPS) -> None:
+        super().__init__()
+        self.window = window
+        self.eps = eps
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Window means and deviations (eps included), each float32 [B, C, H, W]."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            x = x_BCHW.float()
+            # E[x^2] - E[x]^2 cancels; it does so least where the image's own mean is taken off first.
+            offset_BC11 = x.mean(dim=(2, 3), keepdim=True)
+            x = x - offset_BC11
+            mean = self._window_mean(x)
+            variance = (self._window_mean(x.square()) - mean.square()).clamp(min=0)
+            return mean + offset_BC11, (variance + self.eps).sqrt()
+
+    def _window_mean(self, x_BCHW: Tensor) -> Tensor:
+        before, after = (self.window - 1) // 2, self.window // 2
+        padding = (before, after, before, after)
+        area_11HW = F.avg_pool2d(F.pad(torch.ones_like(x_BCHW[:1, :1]), padding), self.window, stride=1)
+        return F.avg_pool2d(F.pad(x_BCHW, padding), self.window, stride=1) / area_11HW
+
+
+class Respix(nn.Module):
+    """Head and loss: `l1 * mean|d| + l2 * mean d^2` over all pixels, d = prediction - normalised original."""
+
+    def __init__(
+        self, config: ObjectiveConfig, *, width: int, feature_side: int, image_size: int, grid: int
+    ) -> None:
+        super().__init__()
+        self.l1, self.l2, self.grid = config.l1, config.l2, grid
+        self.statistics = WindowStatistics(config.window)
+        self.head = PixelHead(width, feature_side=feature_side, target_side=image_size)
+
+    def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
+        """Judge features [B, D, h, h]; the prediction is [B, 3, H, W] in normalised pixels."""
+        prediction_B3HW = self.head(features_BDhh).float()
+        difference = prediction_B3HW - self.target(truth.clean_B3HW)
+        absolute, squared = difference.abs().mean(), difference.square().mean()
+        error_BN = self._error_per_position(difference.detach())
+        metrics = {
+            "respix_l1": absolute.detach(),
+            "respix_l2": squared.detach(),
+            "respix_error_replaced": masked_mean(error_BN, truth.replaced_BN),
+            "respix_error_kept": masked_mean(error_BN, ~truth.replaced_BN),
+        }
+        loss = self.l1 * absolute + self.l2 * squared
+        return ObjectiveOutput(loss=loss, metrics=metrics, prediction=prediction_B3HW)
+
+    def target(self, clean_B3HW: Tensor) -> Tensor:
+        """Normalised pixels [B, 3, H, W] of images in [0, 1]."""
+        mean, deviation = self.statistics(clean_B3HW)
+        return (clean_B3HW.float() - mean) / deviation
+
+    def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
+        """The prediction [B, 3, H, W] as images in [0, 1].
+
+        The network predicts pixels relative to their window; to be seen, they are put back with the
+        window statistics OF THE ORIGINAL. So brightness and contrast of the picture are given, and
+        only the structure in it is the network's.
+        """
+        del corrupted_B3HW
+        mean, deviation = self.statistics(clean_B3HW)
+        return (prediction.float() * deviation + mean).clamp(0, 1)
+
+    def _error_per_position(self, difference_B3HW: Tensor) -> Tensor:
+        """Mean absolute error of each token position, [B, N]."""
+        return F.adaptive_avg_pool2d(difference_B3HW.abs().mean(dim=1), self.grid).flatten(1)
+
+
+def masked_mean(values_BN: Tensor, mask_BN: Tensor) -> Tensor:
+    """Mean of the values where the mask is True; 0 where it is True nowhere."""
+    weights = mask_BN.to(values_BN.dtype)
+    return (values_BN * weights).sum() / weights.sum().clamp(min=1)

@@ -1,0 +1,58 @@
+"""REVDET: tell for every token position whether its token was replaced.
+
+Shape letters in this file:
+    B  images      N  token positions      D  feature channels      h  feature positions a side
+
+CIM (arXiv 2202.03382), section on REVDET: a position counts as replaced only where the drawn token
+differs from the golden one, and the loss runs over all N positions.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cim_core.config import ObjectiveConfig
+from cim_core.models.heads import DetectionHead
+from cim_core.objectives.base import ObjectiveOutput, Truth
+
+_HEAT = 0.6  # how much of a picture the heat colour covers at probability 1
+
+
+class Revdet(nn.Module):
+    """Head and loss: binary cross-entropy of one logit a position against `replaced`."""
+
+    def __init__(
+        self, config: ObjectiveConfig, *, width: int, feature_side: int, image_size: int, grid: int
+    ) -> None:
+        super().__init__()
+        del config, image_size
+        self.grid = grid
+        self.head = DetectionHead(width, feature_side=feature_side, target_side=grid)
+
+    def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
+        """Judge features [B, D, h, h]; the prediction is one logit a position, [B, N]."""
+        logits_BN = self.head(features_BDhh).float()
+        labels_BN = truth.replaced_BN
+        loss = F.binary_cross_entropy_with_logits(logits_BN, labels_BN.float())
+        metrics = {
+            "revdet_balanced_accuracy": balanced_accuracy(logits_BN.detach() > 0, labels_BN),
+            "revdet_positive_rate": labels_BN.float().mean(),
+        }
+        return ObjectiveOutput(loss=loss, metrics=metrics, prediction=logits_BN)
+
+    def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
+        """The probabilities of logits [B, N] as red over the corrupted image, [B, 3, H, W] in [0, 1]."""
+        del clean_B3HW
+        heat_B1gg = prediction.float().sigmoid().unflatten(1, (self.grid, self.grid))[:, None]
+        heat_B1HW = _HEAT * F.interpolate(heat_B1gg, size=corrupted_B3HW.shape[-2:], mode="nearest")
+        red = torch.tensor([1.0, 0.0, 0.0], device=prediction.device)[:, None, None]
+        return corrupted_B3HW * (1 - heat_B1HW) + red * heat_B1HW
+
+
+def balanced_accuracy(guessed_BN: Tensor, labels_BN: Tensor) -> Tensor:
+    """Mean of the shares found of positives and of negatives; of one kind only where the other is absent."""
+    right_BN = (guessed_BN == labels_BN).float()
+    kinds = [labels_BN.float(), 1 - labels_BN.float()]
+    shares = torch.stack([(right_BN * kind).sum() / kind.sum().clamp(min=1) for kind in kinds])
+    present = torch.stack([kind.any().float() for kind in kinds])
+    return (shares * present).sum() / present.sum()
