@@ -1,0 +1,175 @@
+"""Every file of a data set, before anyone has looked inside: folders, tar files, patterns of tar files."""
+
+import os
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cim_core.errors import DataError
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that is not used, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A file that may be an image."""
+
+    path: str
+    container: str | None
+    offset: int
+    size_bytes: int
+
+    @property
+    def name(self) -> str:
+        """The path for people, container included."""
+        return self.path if self.container is None else f"{self.container}/{self.path}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """All that lies in a data set, ordered by container and path."""
+
+    root: Path
+    candidates: tuple[Candidate, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def find(uri_path: str) -> Finding:
+    """List the files below `uri_path` (see `cim_core.data.index.scan`) without reading images."""
+    path = Path(uri_path)
+    if path.is_dir():
+        return _finding(path.resolve(), _in_folder(path.resolve()))
+    if path.is_file():
+        return _in_tars([path], given=uri_path)
+    tars = sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
+    if not tars:
+        raise DataError(
+            f"data.uri: {uri_path} does not exist; give a folder, a .tar or a pattern of .tar files"
+        )
+    return _in_tars(tars, given=uri_path)
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """`a-{0..2}.tar` and `{a,b}.tar` written out; numbers keep the width of the first."""
+    match = _BRACES.search(pattern)
+    if match is None:
+        return [pattern]
+    ends = match[1].split("..")
+    if len(ends) == 2 and ends[0].isdigit() and ends[1].isdigit():
+        choices = [str(i).zfill(len(ends[0])) for i in range(int(ends[0]), int(ends[1]) + 1)]
+    else:
+        choices = match[1].split(",")
+    return [
+        p
+        for choice in choices
+        for p in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+    ]
+
+
+def _glob(pattern: str) -> Iterator[Path]:
+    path = Path(pattern)
+    parts = path.parts
+    fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    if fixed == len(parts):
+        return iter([path] if path.is_file() else [])
+    return (p for p in Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))) if p.is_file())
+
+
+def _in_tars(tars: list[Path], *, given: str) -> Finding:
+    not_tars = [str(path) for path in tars if not _is_tar(path)]
+    if not_tars:
+        raise DataError(
+            f"data.uri: {not_tars[0]} (from {given}) is not an uncompressed tar file; give a folder, a .tar"
+            " or a pattern of .tar files (a compressed archive has to be unpacked first)"
+        )
+    tars = [path.resolve() for path in tars]
+    root = Path(os.path.commonpath([path.parent for path in tars]))
+    found = (item for path in tars for item in _in_tar(path, path.relative_to(root).as_posix()))
+    return _finding(root, found)
+
+
+def _is_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.TarError:
+        return False
+
+
+def _finding(root: Path, found: Iterable[Candidate | Skipped]) -> Finding:
+    items = list(found)
+    candidates = [item for item in items if isinstance(item, Candidate)]
+    skipped = [item for item in items if isinstance(item, Skipped)]
+    candidates.sort(key=lambda c: (c.container or "", c.path))
+    return Finding(root, tuple(candidates), tuple(skipped))
+
+
+def _in_folder(root: Path) -> Iterator[Candidate | Skipped]:
+    """Files below `root`; hidden files and folders are not even counted."""
+    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        here = Path(folder)
+        for name in subfolders:
+            if (here / name).is_symlink():
+                yield Skipped((here / name).relative_to(root).as_posix(), "link to a folder")
+        for name in sorted(files):
+            if not name.startswith("."):
+                yield from _one_file(root, here / name)
+
+
+def _one_file(root: Path, file: Path) -> Iterator[Candidate | Skipped]:
+    path = file.relative_to(root).as_posix()
+    if file.is_symlink() and not file.resolve().is_relative_to(root):
+        yield Skipped(path, "link that leaves the folder")
+    elif not file.is_file():
+        yield Skipped(path, "broken link or not a regular file")
+    elif file.suffix.lower() == ".tar":
+        yield from _in_tar(file, path)
+    else:
+        yield Candidate(path, None, 0, file.stat().st_size)
+
+
+def _in_tar(file: Path, container: str) -> Iterator[Candidate | Skipped]:
+    """Regular files of a tar; of two members with one name the later counts, as when unpacking."""
+    members: dict[str, Candidate] = {}
+    try:
+        with tarfile.open(file, "r:") as tar:
+            for member in _members(tar):
+                path = member.name.removeprefix("./").lstrip("/")
+                if member.isdir() or any(part.startswith(".") for part in path.split("/")):
+                    continue
+                if not member.isreg() or member.issparse():
+                    yield Skipped(f"{container}/{path}", "link, device or sparse file inside a tar")
+                    continue
+                if path in members:
+                    yield Skipped(f"{container}/{path}", "replaced by a later member of the same name")
+                members[path] = Candidate(path, container, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        yield Skipped(container, f"the tar file cannot be read to its end: {error}")
+    yield from members.values()
+
+
+def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The headers one by one, forgetting each: a million of them are a gigabyte."""
+    while (member := tar.next()) is not None:
+        tar.members.clear()  # type: ignore[attr-defined]
+        yield member
+    # A damaged header looks to tarfile like the end; the true end is a block of zeros, or nothing.
+    assert tar.fileobj is not None, "open for reading"
+    tar.fileobj.seek(tar.offset)
+    if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
+        raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"data.uri: the folder {error.filename} cannot be read: {error.strerror}") from error
