@@ -140,15 +140,15 @@ class CIM(nn.Module):
         if token_pixels_B3TT.shape[-2:] != (side, side):
             got = " x ".join(str(n) for n in token_pixels_B3TT.shape[-2:])
             raise ModelError(
-                f"the tokenizer's view must be {side} x {side} pixels, got {got}: a grid of {self.grid} x {self.grid} "
-                f"tokens (image_size / patch_size) of {self.tokenizer.stride} pixels each"
+                f"the tokenizer's view must be {side} x {side} pixels, got {got}: a grid of {self.grid} x "
+                f"{self.grid} tokens (image_size / patch_size) of {self.tokenizer.stride} pixels each"
             )
         return self.tokenizer.encode(to_unit(token_pixels_B3TT)).flatten(1)
 
     @torch.no_grad()
     def corrupt(self, tokens_BN: Tensor) -> Tensor:
         """The decoder's image of the tokens, brought to image_size: [B, 3, H, W] in [0, 1]."""
-        decoded_B3TT = self.tokenizer.decode(tokens_BN.unflatten(1, (self.grid, self.grid))).float()
+        decoded_B3TT = self.tokenizer.decode(tokens_BN.view(-1, self.grid, self.grid)).float()
         side = self.config.image_size
         if decoded_B3TT.shape[-1] != side:
             shrinks = decoded_B3TT.shape[-1] > side
@@ -167,9 +167,9 @@ class CIM(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
         # Behind .to(), .cuda() and the like: the unregistered tokenizer has to come along.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if isinstance(self.tokenizer, nn.Module):
-            self.tokenizer._apply(fn)
+            self.tokenizer._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
 

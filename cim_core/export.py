@@ -39,7 +39,9 @@ def encoder_weights(cim: CIM) -> dict[str, Tensor]:
     plan = cim.enhancer.plan
     own = build_on_meta(plan.name, plan.export_args).state_dict()
     trained = cim.enhancer.backbone.state_dict()
-    assert own.keys() == trained.keys(), f"{plan.name} is exported with other tensors than it was trained with"
+    assert own.keys() == trained.keys(), (
+        f"{plan.name} is exported with other tensors than it was trained with"
+    )
     # Where training ran without pooling, timm's linear layers were 1x1 convolutions.
     return {key: trained[key].detach().reshape(own[key].shape).cpu().contiguous().clone() for key in own}
 

@@ -88,7 +88,7 @@ def _add_block(mask_gg: Tensor, remaining: int, min_cells: int, generator: torch
         top, left = int(u_top * (grid - height + 1)), int(u_left * (grid - width + 1))
         block = mask_gg[top : top + height, left : left + width]
         if 0 < block.numel() - int(block.sum()) <= remaining:
-            block.fill_(True)
+            block[:] = True
             return True
     return False
 

@@ -47,7 +47,7 @@ def sample_grid(cim: CIM, views: Views, *, generator: torch.Generator) -> Image.
 
 def _columns(cim: CIM, output: StepOutput) -> list[Tensor]:
     clean_B3HW = output.clean_B3HW
-    mask_B1gg = output.mask_BN.float().unflatten(1, (cim.grid, cim.grid))[:, None]
+    mask_B1gg = output.mask_BN.float().view(-1, 1, cim.grid, cim.grid)
     mask_B1HW = F.interpolate(mask_B1gg, size=clean_B3HW.shape[-2:], mode="nearest")
     result = cim.objective.picture(
         output.prediction, clean_B3HW=clean_B3HW, corrupted_B3HW=output.corrupted_B3HW

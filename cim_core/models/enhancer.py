@@ -78,7 +78,8 @@ class Enhancer(nn.Module):
         assert plan.heads is not None
         if num_blocks > plan.depth:
             raise ModelError(
-                f"enhancer.shared_blocks: must not exceed the {plan.depth} blocks of {plan.name}, got {num_blocks}"
+                f"enhancer.shared_blocks: must not exceed the {plan.depth} blocks of {plan.name}, "
+                f"got {num_blocks}"
             )
         blocks = list(self.backbone.blocks)[:num_blocks]  # type: ignore[arg-type]
         embed: nn.Module = self.backbone.patch_embed  # type: ignore[assignment]

@@ -38,6 +38,10 @@ _RECIPES: tuple[tuple[Args, bool], ...] = (
     ({"global_pool": ""}, False),
 )
 
+# Layers through which patch tokens pass without effect (CaiT, XCiT, VOLO). They would get gradients
+# that are zero, which cannot be told from others without weights.
+_CLASS_TOKEN_ONLY = ("blocks_token_only", "cls_attn_blocks", "post_network")
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackbonePlan:
@@ -74,7 +78,7 @@ def plan_backbone(
         try:
             plan = _try(name, args, image_size=image_size, through_head=through_head)
         # What timm's 1,300 builders raise for arguments they do not know is not of one type.
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             failures.append(str(error) or type(error).__name__)
         else:
             return plan
@@ -102,7 +106,7 @@ def to_map(features: Tensor, *, layout: Layout, num_prefix: int, side: int) -> T
     if layout == "channels_last":
         return features.permute(0, 3, 1, 2)
     tokens_BND = features[:, num_prefix:]
-    return tokens_BND.transpose(1, 2).unflatten(2, (side, side))
+    return tokens_BND.transpose(1, 2).reshape(len(features), -1, side, side)
 
 
 def raw_features(model: nn.Module, images_B3SS: Tensor, *, through_head: bool) -> Tensor:
@@ -126,7 +130,9 @@ def _size_args(name: str, *, image_size: int, patch_size: int | None, options: d
         default = build_on_meta(name, {"num_classes": 0, **options})
     except Exception as error:
         given = f" with enhancer.options {options}" if options else ""
-        raise ModelError(f"enhancer.name: timm cannot build {name}{given}: {_first_line(str(error))}") from error
+        raise ModelError(
+            f"enhancer.name: timm cannot build {name}{given}: {_first_line(str(error))}"
+        ) from error
     candidates: list[dict[str, int]] = [{"img_size": image_size}, {}]
     if patch_size is not None and _patch_of(default) is not None:
         candidates.insert(0, {"img_size": image_size, "patch_size": patch_size})
@@ -166,6 +172,9 @@ def _square(value: Any) -> int | None:
 def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> BackbonePlan:
     """Build, run and differentiate once; raise unless every parameter gets a gradient."""
     model = build_on_meta(name, args).train()
+    for part in _CLASS_TOKEN_ONLY:
+        if hasattr(model, part):
+            raise ModelError(f"its layers {part} serve the class token alone and would never be trained")
     images_B3SS = torch.empty(2, 3, image_size, image_size, device="meta")
     features = raw_features(model, images_B3SS, through_head=False)
     before = _describe(model, features)
@@ -174,7 +183,7 @@ def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> Backb
     layout, width, side, num_prefix = _describe(model, features)
     if side != before[2]:
         raise ModelError(f"its head shrinks the {before[2]} x {before[2]} feature map")
-    to_map(features, layout=layout, num_prefix=num_prefix, side=side).float().sum().backward()
+    to_map(features, layout=layout, num_prefix=num_prefix, side=side).float().sum().backward()  # type: ignore[no-untyped-call]
     idle = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
@@ -212,7 +221,11 @@ def _describe(model: nn.Module, features: Tensor) -> tuple[Layout, int, int, int
         return "tokens", shape[2], side, num_prefix
     if features.dim() != 4:
         raise ModelError(f"its features have the shape {list(shape[1:])}, which is no map")
-    last = getattr(model, "output_fmt", None) == "NHWC" if shape[1] == shape[2] == shape[3] else shape[1] == shape[2]
+    last = (
+        getattr(model, "output_fmt", None) == "NHWC"
+        if shape[1] == shape[2] == shape[3]
+        else shape[1] == shape[2]
+    )
     if last and shape[1] == shape[2]:
         return "channels_last", shape[3], shape[1], 0
     if shape[2] == shape[3]:
@@ -222,13 +235,15 @@ def _describe(model: nn.Module, features: Tensor) -> tuple[Layout, int, int, int
 
 def _is_plain(model: nn.Module) -> bool:
     """Whether first layers can be used outside of the model: nothing may happen between them."""
+    if type(model) is not VisionTransformer:
+        return False
+    vit: Any = model
     return (
-        type(model) is VisionTransformer
-        and type(model.patch_embed) is PatchEmbed
-        and model.patch_embed.flatten
-        and isinstance(model.patch_embed.norm, nn.Identity)
-        and isinstance(model.norm_pre, nn.Identity)
-        and all(type(block) is Block and type(block.attn) is Attention for block in model.blocks)
+        type(vit.patch_embed) is PatchEmbed
+        and bool(vit.patch_embed.flatten)
+        and isinstance(vit.patch_embed.norm, nn.Identity)
+        and isinstance(vit.norm_pre, nn.Identity)
+        and all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks)
     )
 
 
@@ -246,7 +261,7 @@ def _export_args(name: str, model: nn.Module, args: Args) -> Args:
         return args
     try:
         plain = build_on_meta(name, pooled)
-    except Exception:  # noqa: BLE001
+    except Exception:
         return args
     return pooled if _sizes(plain) == _sizes(model) else args
 

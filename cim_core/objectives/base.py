@@ -5,10 +5,10 @@ Shape letters in this file:
     H, W  image height and width, pixels
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +29,13 @@ class ObjectiveOutput:
     prediction: Tensor  # respix [B, 3, H, W], normalised pixels; revdet [B, N], logits
 
 
-class Objective(Protocol):
+class Objective(nn.Module, ABC):
     """The enhancer's head and loss."""
 
-    def __call__(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
+    @abstractmethod
+    def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
         """Judge the enhancer's features of the corrupted images."""
-        ...
 
+    @abstractmethod
     def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
         """What the prediction looks like: [B, 3, H, W] in [0, 1]."""
-        ...

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from cim_core.config import ObjectiveConfig
 from cim_core.models.heads import PixelHead
-from cim_core.objectives.base import ObjectiveOutput, Truth
+from cim_core.objectives.base import Objective, ObjectiveOutput, Truth
 
 EPS = 1e-6  # added to the variance, as in MAE; without it flat areas become amplified rounding noise
 
@@ -49,7 +49,7 @@ class WindowStatistics(nn.Module):
         return F.avg_pool2d(F.pad(x_BCHW, padding), self.window, stride=1) / area_11HW
 
 
-class Respix(nn.Module):
+class Respix(Objective):
     """Head and loss: `l1 * mean|d| + l2 * mean d^2` over all pixels, d = prediction - normalised original."""
 
     def __init__(
@@ -78,7 +78,8 @@ class Respix(nn.Module):
     def target(self, clean_B3HW: Tensor) -> Tensor:
         """Normalised pixels [B, 3, H, W] of images in [0, 1]."""
         mean, deviation = self.statistics(clean_B3HW)
-        return (clean_B3HW.float() - mean) / deviation
+        target_B3HW: Tensor = (clean_B3HW.float() - mean) / deviation
+        return target_B3HW
 
     def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
         """The prediction [B, 3, H, W] as images in [0, 1].
@@ -89,7 +90,8 @@ class Respix(nn.Module):
         """
         del corrupted_B3HW
         mean, deviation = self.statistics(clean_B3HW)
-        return (prediction.float() * deviation + mean).clamp(0, 1)
+        restored_B3HW: Tensor = prediction.float() * deviation + mean
+        return restored_B3HW.clamp(0, 1)
 
     def _error_per_position(self, difference_B3HW: Tensor) -> Tensor:
         """Mean absolute error of each token position, [B, N]."""

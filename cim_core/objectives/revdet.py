@@ -8,17 +8,17 @@ differs from the golden one, and the loss runs over all N positions.
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cim_core.config import ObjectiveConfig
 from cim_core.models.heads import DetectionHead
-from cim_core.objectives.base import ObjectiveOutput, Truth
+from cim_core.objectives.base import Objective, ObjectiveOutput, Truth
 
 _HEAT = 0.6  # how much of a picture the heat colour covers at probability 1
 
 
-class Revdet(nn.Module):
+class Revdet(Objective):
     """Head and loss: binary cross-entropy of one logit a position against `replaced`."""
 
     def __init__(
@@ -41,12 +41,13 @@ class Revdet(nn.Module):
         return ObjectiveOutput(loss=loss, metrics=metrics, prediction=logits_BN)
 
     def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
-        """The probabilities of logits [B, N] as red over the corrupted image, [B, 3, H, W] in [0, 1]."""
+        """The probabilities of logits [B, N] as red over the grey corrupted image, [B, 3, H, W] in [0, 1]."""
         del clean_B3HW
-        heat_B1gg = prediction.float().sigmoid().unflatten(1, (self.grid, self.grid))[:, None]
+        heat_B1gg = prediction.float().sigmoid().view(-1, 1, self.grid, self.grid)
         heat_B1HW = _HEAT * F.interpolate(heat_B1gg, size=corrupted_B3HW.shape[-2:], mode="nearest")
         red = torch.tensor([1.0, 0.0, 0.0], device=prediction.device)[:, None, None]
-        return corrupted_B3HW * (1 - heat_B1HW) + red * heat_B1HW
+        grey_B1HW = corrupted_B3HW.mean(dim=1, keepdim=True)  # colours would pass for heat
+        return grey_B1HW * (1 - heat_B1HW) + red * heat_B1HW
 
 
 def balanced_accuracy(guessed_BN: Tensor, labels_BN: Tensor) -> Tensor:
