@@ -50,9 +50,7 @@ Sets = Annotated[
 Url = Annotated[str | None, typer.Option("--url", envvar="CIM_URL", help="Address of the service.")]
 DataDir = Annotated[
     Path,
-    typer.Option(
-        "--data-dir", envvar="CIM_DATA_DIR", help="Folder of a local service, that tells its address."
-    ),
+    typer.Option("--data-dir", envvar="CIM_DATA_DIR", help="Folder of a service on this machine."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is final.")]
