@@ -1,0 +1,40 @@
+"""`python -m workers --url URL --attempt JOB_ID/N`: the entrypoint of a Ray job.
+
+The attempt's token comes from the environment, CIM_ATTEMPT_TOKEN. Exit status: see
+`workers.failures.ExitCode`.
+"""
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from types import FrameType
+
+from workers.driver import run
+from workers.failures import ExitCode
+from workers.settings import UsageError, WorkerSettings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one attempt; the process's exit status."""
+    parser = argparse.ArgumentParser(prog="python -m workers", description="Run one attempt of a job.")
+    parser.add_argument("--url", required=True, help="address of the service, e.g. http://127.0.0.1:8000")
+    parser.add_argument("--attempt", required=True, metavar="JOB_ID/N", help="which attempt of which job")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        settings = WorkerSettings.read(given.url, given.attempt, os.environ)
+    except UsageError as error:
+        parser.exit(ExitCode.USAGE, f"{error}\n")
+    signal.signal(signal.SIGTERM, _terminate)
+    return run(settings)
+
+
+def _terminate(_number: int, _frame: FrameType | None) -> None:
+    # Ray kills three seconds after it asks, so nothing is finished here: logs go out, and that is all.
+    raise SystemExit(ExitCode.TERMINATED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

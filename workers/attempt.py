@@ -1,0 +1,66 @@
+"""What one attempt is: its settings and assignment, and the work that every rank receives."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from cim_core.durations import Plan
+from service.contracts.jobs import FileEntry
+from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
+from service.contracts.work import Assignment
+from workers.settings import WorkerSettings
+
+AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
+_SPECS: TypeAdapter[AnySpec] = TypeAdapter(Spec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One start of a job, as its processes know it."""
+
+    settings: WorkerSettings
+    assignment: Assignment
+    spec: AnySpec
+
+    @classmethod
+    def of(cls, settings: WorkerSettings, assignment: Assignment) -> "Attempt":
+        """The attempt of an assignment, its resolved spec parsed."""
+        return cls(settings=settings, assignment=assignment, spec=_SPECS.validate_python(assignment.spec))
+
+    @property
+    def cache(self) -> Path:
+        """Downloads of this job on this node."""
+        return self.settings.cache_dir / self.assignment.job_id
+
+    @property
+    def run_name(self) -> str:
+        """Ray Train's identity of the run. The same name would silently continue an old run."""
+        return f"cim-{self.assignment.job_id}-{self.assignment.attempt}"
+
+    @property
+    def resume_step(self) -> int:
+        """Completed steps that this attempt starts from."""
+        checkpoint = self.assignment.checkpoint
+        return checkpoint.step if checkpoint else 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What the driver has found out and hands to every rank."""
+
+    attempt: Attempt
+    indices: dict[str, str]  # role of an image set (data, train, val, ...) to its index as JSON
+    plan: Plan | None  # None: nothing is trained
+    files: list[FileEntry] = field(default_factory=list)  # stored so far
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How the ranks ended; rank 0's goes to the driver."""
+
+    stopped: bool
+    step: int
+    total_steps: int | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    files: list[FileEntry] = field(default_factory=list)

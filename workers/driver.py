@@ -1,0 +1,180 @@
+"""One attempt from the outside: what to do, which images, start the ranks, say how it ended."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import ray
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+
+from service.client.errors import ApiError, StaleAttempt
+from service.client.work import WorkClient
+from service.contracts.jobs import Progress
+from service.contracts.work import Finish
+from workers.attempt import Attempt, Outcome, Work
+from workers.data import prepare
+from workers.failures import EXIT_CODES, ExitCode, classify, is_stale
+from workers.logs import LogShipper, attach, detach
+from workers.reporting import Reporter
+from workers.settings import UsageError, WorkerSettings, apply_train_environment
+from workers.storage import JobStore, ray_storage
+from workers.train_loop import train_loop
+
+log = logging.getLogger(__name__)
+
+STARTS_OF_A_GROUP = 5  # placement is tried again that often, each for the start timeout of settings.py
+
+
+class StopAskedError(Exception):
+    """The service asked for an end before training began."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Desk:
+    """What the driver works with."""
+
+    attempt: Attempt
+    store: JobStore
+    service: WorkClient
+    reporter: Reporter
+    shipper: LogShipper
+
+    def go_on(self) -> None:
+        """Raise when the attempt must end: `StopAskedError`, `AttemptStaleError`, `ServiceAwayError`."""
+        self.reporter.check()
+        if self.reporter.stop_requested:
+            raise StopAskedError
+
+
+def run(settings: WorkerSettings) -> ExitCode:
+    """Do one attempt and tell the service how it ended, unless a newer attempt owns the job."""
+    apply_train_environment()
+    service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
+    try:
+        assignment = service.assignment()
+        with _desk(Attempt.of(settings, assignment), service) as desk:
+            finish = _finish_of(desk)
+        if finish is None:
+            return ExitCode.STALE
+        service.finish(finish)
+    except StaleAttempt:
+        log.warning("a newer attempt owns this job, or it is final: nothing more is written")
+        return ExitCode.STALE
+    except ApiError:
+        log.exception("the service cannot be told how the attempt ended")
+        return ExitCode.INFRASTRUCTURE
+    finally:
+        service.close()
+    return ExitCode.DONE if finish.failure is None else EXIT_CODES[finish.failure.kind]
+
+
+@contextmanager
+def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
+    store = JobStore.of(attempt.assignment)
+    shipper = LogShipper(
+        store.store,
+        store.log_prefix,
+        attempt=store.attempt,
+        source="driver",
+        secrets=[attempt.settings.token],
+    )
+    reporter = Reporter(service, every_s=attempt.assignment.report_every_s)
+    attach(shipper)
+    shipper.start()
+    reporter.start()
+    try:
+        yield Desk(attempt=attempt, store=store, service=service, reporter=reporter, shipper=shipper)
+    finally:
+        # Logs end before the final state is written: whoever sees the state may read them all.
+        reporter.close()
+        detach(shipper)
+
+
+def _finish_of(desk: Desk) -> Finish | None:
+    """How the attempt ended; None when it may not say so."""
+    try:
+        outcome = _do(desk)
+    except StopAskedError:
+        outcome = Outcome(stopped=True, step=desk.attempt.resume_step)
+    except Exception as error:
+        if is_stale(error):
+            desk.shipper.abandon()
+            return None
+        log.exception("the attempt failed")
+        failure = classify(error, store_url=desk.store.url)
+        return Finish(outcome="failed", step=desk.attempt.resume_step, failure=failure)
+    log.info("%s at step %d", "stopped" if outcome.stopped else "succeeded", outcome.step)
+    return Finish(
+        outcome="stopped" if outcome.stopped else "succeeded",
+        step=outcome.step,
+        total_steps=outcome.total_steps,
+        metrics=outcome.metrics,
+        files=outcome.files,
+    )
+
+
+def _do(desk: Desk) -> Outcome:
+    work = prepare(desk.attempt, desk.store, reporter=desk.reporter, go_on=desk.go_on)
+    desk.go_on()
+    connect(desk.attempt.settings)
+    workers = desk.attempt.spec.resources.workers
+    total = work.plan.total_steps if work.plan else None
+    step = desk.attempt.resume_step
+    desk.reporter.progress(
+        Progress(step=step, total_steps=total, message=f"starting {workers} worker{'s' * (workers > 1)}")
+    )
+    desk.reporter.flush()
+    # From here on rank 0 reports.
+    desk.reporter.close()
+    return _train(work, desk.store)
+
+
+def connect(settings: WorkerSettings) -> None:
+    """Join the running cluster of this job, never start one.
+
+    Raises:
+        UsageError: nobody said which cluster.
+    """
+    if ray.is_initialized():
+        return
+    if settings.ray_address is None:
+        raise UsageError("RAY_ADDRESS is not set: start the worker as a Ray job, or name the cluster there")
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(address=settings.ray_address)
+    # Ray puts a handler of its own there, with another exit status.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _train(work: Work, store: JobStore) -> Outcome:
+    attempt = work.attempt
+    needs = attempt.spec.resources
+    resources = {"CPU": float(needs.cpus_per_worker)}
+    if needs.gpus_per_worker:
+        resources["GPU"] = float(needs.gpus_per_worker)
+    path, filesystem = ray_storage(
+        attempt.assignment.store, prefix=f"{store.prefix}/{store.attempt_prefix}/ray"
+    )
+    trainer = TorchTrainer(
+        train_loop,
+        train_loop_config={"work": work},
+        scaling_config=ScalingConfig(
+            num_workers=needs.workers, use_gpu=needs.gpus_per_worker > 0, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=attempt.run_name,
+            storage_path=path,
+            storage_filesystem=filesystem,
+            # Retrying is the service's part: it raises the fence before a new attempt writes.
+            failure_config=FailureConfig(
+                max_failures=0, max_preemption_failures=0, controller_failure_limit=STARTS_OF_A_GROUP
+            ),
+        ),
+    )
+    outcome = trainer.fit().return_value
+    assert isinstance(outcome, Outcome), f"rank 0 must return an Outcome, got {type(outcome).__name__}"
+    return outcome

@@ -1,0 +1,175 @@
+"""Logs as JSON lines, shipped to the object store in numbered chunks.
+
+Ray keeps logs on the node that made them and loses them with it. So each process sends its own
+lines; a store that is away costs lines at worst, never a training step.
+"""
+
+import atexit
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from typing import Protocol
+
+from service.contracts.jobs import LogLine
+
+OUR_LOGGERS = ("workers", "cim_core", "service")
+MAX_LINE_CHARS = 16_000
+MAX_PENDING_LINES = 20_000
+
+
+class PutBytes(Protocol):
+    """The part of an object store that a shipper needs."""
+
+    def put_bytes(self, key: str, data: bytes) -> object:
+        """Store `data` under `key`."""
+        ...
+
+
+class LogShipper(logging.Handler):
+    """A logging handler whose lines end up under `prefix` as `{source}-{seq:06d}.jsonl`.
+
+    Beyond `lines_per_minute` lines are dropped and counted; so are lines that the store does not
+    take in time. Every text in `secrets` is blotted out.
+    """
+
+    def __init__(
+        self,
+        store: PutBytes,
+        prefix: str,
+        *,
+        attempt: int,
+        source: str,
+        secrets: Iterable[str] = (),
+        lines_per_minute: int = 5_000,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._store, self._prefix = store, prefix
+        self._attempt, self._source = attempt, source
+        self._secrets = tuple(secret for secret in secrets if secret)
+        self._limit, self._clock = lines_per_minute, clock
+        self._pending: list[str] = []
+        self._dropped = 0
+        self._window = (clock(), 0)  # start of the running minute, lines in it
+        self._seq = 0
+        self._shipping = threading.Lock()
+        self._ending = threading.Event()
+        self._abandoned = False
+        self._thread: threading.Thread | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line, or count it as dropped. Called with the handler's lock held."""
+        if self._abandoned:
+            return
+        if not self._admit():
+            self._dropped += 1
+            return
+        self._pending.append(self._line(record.levelname, self.format(record), at=record.created))
+
+    def start(self, *, every_s: float = 2.0) -> None:
+        """Ship what has gathered every `every_s` seconds, from a thread of its own."""
+        self._thread = threading.Thread(target=self._run, args=(every_s,), name="log-shipper", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def ship(self) -> bool:
+        """Send what has gathered; False when the store refused and the lines wait."""
+        with self._shipping:
+            with self._handler_lock():
+                self._note_dropped()
+                lines, self._pending = self._pending, []
+            if not lines:
+                return True
+            key = f"{self._prefix}/{self._source}-{self._seq:06d}.jsonl"
+            try:
+                self._store.put_bytes(key, "".join(lines).encode())
+            except Exception as error:
+                # Logging it would feed this very handler.
+                sys.stderr.write(f"log lines wait, the object store refused: {error}\n")
+                with self._handler_lock():
+                    self._keep(lines)
+                return False
+            self._seq += 1
+            return True
+
+    def close(self, *, tries: int = 3, pause_s: float = 1.0) -> None:
+        """Ship the rest and end. Repeating it is harmless."""
+        if self._ending.is_set():
+            return
+        self._ending.set()
+        atexit.unregister(self.close)
+        for turn in range(0 if self._abandoned else tries):
+            if self.ship():
+                break
+            if turn + 1 < tries:
+                time.sleep(pause_s)
+        super().close()
+
+    def abandon(self) -> None:
+        """Write nothing more: a newer attempt owns the job."""
+        self._abandoned = True
+        with self._handler_lock():
+            self._pending = []
+
+    def _run(self, every_s: float) -> None:
+        while not self._ending.wait(every_s):
+            self.ship()
+
+    def _handler_lock(self) -> threading.RLock:
+        assert self.lock is not None, "a logging.Handler makes its lock in __init__"
+        return self.lock
+
+    def _admit(self) -> bool:
+        start, lines = self._window
+        if self._clock() - start >= 60:
+            start, lines = self._clock(), 0
+        self._window = (start, lines + 1)
+        return lines < self._limit and len(self._pending) < MAX_PENDING_LINES
+
+    def _keep(self, lines: list[str]) -> None:
+        pending = lines + self._pending
+        self._dropped += max(0, len(pending) - MAX_PENDING_LINES)
+        self._pending = pending[:MAX_PENDING_LINES]
+
+    def _note_dropped(self) -> None:
+        if self._dropped:
+            text = f"{self._dropped} log lines were dropped: more than {self._limit} a minute, or store away"
+            self._pending.append(self._line("WARNING", text, at=time.time()))
+            self._dropped = 0
+
+    def _line(self, level: str, message: str, *, at: float) -> str:
+        for secret in self._secrets:
+            message = message.replace(secret, "***")
+        if len(message) > MAX_LINE_CHARS:
+            message = f"{message[:MAX_LINE_CHARS]} ... ({len(message)} characters)"
+        line = LogLine(
+            at=datetime.fromtimestamp(at, UTC),
+            attempt=self._attempt,
+            source=self._source,
+            level=level.lower(),
+            message=message,
+        )
+        return line.model_dump_json() + "\n"
+
+
+def attach(shipper: LogShipper) -> None:
+    """Send our own lines from INFO on, everyone else's from WARNING on, to `shipper`."""
+    shipper.addFilter(_ours_or_grave)
+    root = logging.getLogger()
+    root.addHandler(shipper)
+    for name in OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO)
+    logging.captureWarnings(capture=True)
+
+
+def detach(shipper: LogShipper) -> None:
+    """Undo `attach` and ship the rest."""
+    logging.getLogger().removeHandler(shipper)
+    shipper.close()
+
+
+def _ours_or_grave(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or record.name.split(".")[0] in OUR_LOGGERS

@@ -1,0 +1,136 @@
+"""`kind: pretrain`: Corrupted Image Modeling; leaves the encoder as the folder `encoder/`."""
+
+import dataclasses
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import timm
+from PIL import Image
+from torch import nn
+
+from cim_core.cim import CIM, build_cim
+from cim_core.data.dataset import ImageDataset, ViewConfig
+from cim_core.data.index import Index
+from cim_core.durations import Plan, steps_of
+from cim_core.export import encoder_weights, export_encoder
+from cim_core.samples import sample_grid
+from cim_core.seeding import generator_for, seed_for
+from cim_core.task import cim_task
+from cim_core.tokenizers.base import Tokenizer
+from cim_core.tokenizers.fake import FakeTokenizer
+from cim_core.tokenizers.store import load_tokenizer
+from service.contracts.specs import PretrainSpec
+from workers.attempt import Outcome
+from workers.cache import Cache
+from workers.neighbours import Labelled, measure
+from workers.rank import Rank
+from workers.results import code_version
+from workers.training import Training, conclude, fixed_views, plan_of, train
+
+log = logging.getLogger(__name__)
+
+FAKE = "fake"
+PROBE_BATCH = 64
+PROBE_K, PROBE_TEMPERATURE = 20, 0.07  # as the evaluation's defaults
+
+
+def run_pretrain(rank: Rank) -> Outcome:
+    """Pre-train and export. Raises what `train` raises, and ModelError for an unusable tokenizer."""
+    spec = spec_of(rank)
+    seed = spec.training.seed
+    tokenizer = _tokenizer(rank)
+    views = ViewConfig(
+        image_size=spec.model.image_size,
+        token_size=spec.model.grid * tokenizer.stride,
+        crop_min=spec.training.crop_min,
+        seed=seed,
+    )
+    dataset = ImageDataset(Index.from_json(rank.work.indices["data"]), views)
+    cim = build_cim(spec.model, tokenizer, seed=seed_for(seed, "init", "cim")).to(rank.device)
+    outcome = train(
+        rank,
+        Training(
+            model=cim,
+            task=lambda module: cim_task(module, seed=seed),
+            dataset=dataset,
+            picture=lambda: _picture(cim, dataset, seed=seed),
+            probe=lambda: _probe(rank, cim),
+            probe_steps=_probe_steps(spec, plan_of(rank)),
+        ),
+    )
+    if outcome.stopped or not rank.leads:
+        return outcome
+    return _finish(rank, cim, outcome)
+
+
+def spec_of(rank: Rank) -> PretrainSpec:
+    """The spec, which is a pre-training's."""
+    spec = rank.attempt.spec
+    assert isinstance(spec, PretrainSpec), f"not a pretrain job: {spec.kind}"
+    return spec
+
+
+def _tokenizer(rank: Rank) -> Tokenizer:
+    source = spec_of(rank).model.tokenizer.source
+    if source == FAKE:
+        log.warning("the tokenizer is FAKE, an untrained stand-in for tests: the encoder will be worthless")
+        return FakeTokenizer()
+    rank.say("fetching the tokenizer")
+    cache = Cache(folder=rank.attempt.cache, address=rank.attempt.assignment.store)
+    return load_tokenizer(cache.artifact(rank.attempt.assignment.inputs.get("tokenizer", source)))
+
+
+def _picture(cim: CIM, dataset: ImageDataset, *, seed: int) -> Image.Image:
+    views = fixed_views(dataset, seed=seed, device=next(cim.parameters()).device)
+    return sample_grid(cim, views, generator=generator_for(seed, "pictures", "masks"))
+
+
+def _probe_steps(spec: PretrainSpec, plan: Plan) -> frozenset[int]:
+    """After each `probe.every`, and at the end."""
+    if spec.probe is None:
+        return frozenset()
+    every = steps_of(spec.probe.every, batch_size=plan.batch_size, num_images=plan.num_images)
+    return frozenset(range(every, plan.total_steps, every)) | {plan.total_steps}
+
+
+def _probe(rank: Rank, cim: CIM) -> dict[str, float]:
+    """Weighted k-NN accuracy of the encoder as it would be exported now; on all ranks."""
+    labelled = Labelled.of(rank, train="probe_train", val="probe_val", image_size=cim.config.image_size)
+    k = min(PROBE_K, len(labelled.train))
+    features = labelled.features(rank, encoder_of(cim), batch_size=PROBE_BATCH)
+    return {"probe_knn_top1": measure(features, k=k, temperature=PROBE_TEMPERATURE)}
+
+
+def encoder_of(cim: CIM) -> nn.Module:
+    """The enhancer as timm's own model, with its pooling: what a user of the export gets."""
+    plan = cim.enhancer.plan
+    model: nn.Module = timm.create_model(plan.name, **plan.export_args)
+    model.load_state_dict(encoder_weights(cim))
+    return model
+
+
+def _finish(rank: Rank, cim: CIM, outcome: Outcome) -> Outcome:
+    rank.say("exporting the encoder")
+    with tempfile.TemporaryDirectory(prefix="cim-encoder-") as folder:
+        export_encoder(cim, Path(folder), card=_card(rank, outcome))
+        for entry in rank.store.put_folder("encoder", Path(folder)):
+            rank.announce(entry)
+    return conclude(rank, dataclasses.replace(outcome, files=rank.files))
+
+
+def _card(rank: Rank, outcome: Outcome) -> dict[str, Any]:
+    """Facts of the model card that the model itself does not know."""
+    spec = spec_of(rank)
+    index = Index.from_json(rank.work.indices["data"])
+    code = code_version()
+    return {
+        "dataset": spec.data.uri,
+        "images_used": len(index),
+        "images_skipped": len(index.skipped),
+        "steps": outcome.step,
+        "epochs": round(plan_of(rank).epoch_of(outcome.step), 2),
+        "job": f"{rank.attempt.assignment.job_id} ({spec.name})",
+        "code_version": f"{code['version']}, sources {code['source_sha256'][:12]}",
+    }

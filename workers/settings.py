@@ -1,0 +1,61 @@
+"""What one worker process is told: read once, in the entry point, and passed down."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+# Ray Train's defaults suit notebooks: a hanging worker is noticed after ten minutes, prints come
+# twice, and workers change into the storage folder, which breaks relative paths.
+TRAIN_ENVIRONMENT: Mapping[str, str] = {
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+class UsageError(ValueError):
+    """The process was started without something it needs; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSettings:
+    """Address, identity and secret of one attempt."""
+
+    url: str  # the service, e.g. http://127.0.0.1:8000
+    job_id: str
+    attempt: int
+    token: str = field(repr=False)  # good for this attempt alone
+    ray_address: str | None = None  # of the cluster that runs this job
+    cache_dir: Path = field(default_factory=lambda: default_cache())
+
+    @classmethod
+    def read(cls, url: str, attempt: str, environ: Mapping[str, str]) -> Self:
+        """Settings from the command line (`attempt` is JOB_ID/N) and the environment.
+
+        Raises:
+            UsageError: a part is missing or malformed.
+        """
+        job_id, _, number = attempt.partition("/")
+        if not job_id or not number.isdecimal() or int(number) < 1:
+            raise UsageError(f"--attempt must be JOB_ID/N with N from 1, got {attempt!r}")
+        token = environ.get("CIM_ATTEMPT_TOKEN", "")
+        if not token:
+            raise UsageError("CIM_ATTEMPT_TOKEN is not set: the service sets it when it starts a worker")
+        address = environ.get("RAY_ADDRESS") or None
+        return cls(url=url, job_id=job_id, attempt=int(number), token=token, ray_address=address)
+
+
+def apply_train_environment() -> None:
+    """Set Ray Train's switches for this process and the workers it starts; a given value stays."""
+    for name, value in TRAIN_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def default_cache() -> Path:
+    """A folder of this node and this user for downloads; it may vanish between attempts."""
+    return Path(tempfile.gettempdir()) / f"cim-cache-{os.getuid()}"

@@ -1,0 +1,79 @@
+"""`kind: tokenizer`: train a discrete image tokenizer and leave it as the folder `tokenizer/`."""
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cim_core.data.dataset import ImageDataset, ViewConfig
+from cim_core.data.index import Index
+from cim_core.seeding import generator_for
+from cim_core.tokenizers.dvae import DiscreteVAE
+from cim_core.tokenizers.evaluate import evaluate_tokenizer, reconstruction_grid
+from cim_core.tokenizers.store import save_tokenizer
+from cim_core.tokenizers.task import tokenizer_task
+from service.contracts.specs import TokenizerSpec
+from workers.attempt import Outcome
+from workers.data import held_out
+from workers.rank import Rank
+from workers.training import Training, conclude, fixed_views, train
+
+BATCH = 32  # images at a time where nothing is trained
+
+
+def run_tokenizer(rank: Rank) -> Outcome:
+    """Train, then measure on images that were held out. Raises what `train` raises."""
+    spec = rank.attempt.spec
+    assert isinstance(spec, TokenizerSpec), f"not a tokenizer job: {spec.kind}"
+    seed = spec.training.seed
+    kept, out = held_out(Index.from_json(rank.work.indices["data"]), seed=seed)
+    views = ViewConfig(image_size=spec.model.image_size, crop_min=spec.training.crop_min, seed=seed)
+    dataset, unseen = ImageDataset(kept, views), ImageDataset(out, views)
+    model = DiscreteVAE(spec.model, generator=generator_for(seed, "init", "tokenizer")).to(rank.device)
+    outcome = train(
+        rank,
+        Training(
+            model=model,
+            task=lambda module: tokenizer_task(module, seed=seed),
+            dataset=dataset,
+            picture=lambda: _picture(model, unseen, seed=seed, device=rank.device),
+        ),
+    )
+    if outcome.stopped or not rank.leads:
+        return outcome
+    return _finish(rank, model, unseen, outcome)
+
+
+def _finish(rank: Rank, model: DiscreteVAE, unseen: ImageDataset, outcome: Outcome) -> Outcome:
+    rank.say("measuring on held-out images")
+    model.eval()
+    values = evaluate_tokenizer(model, _pixels(unseen, device=rank.device))
+    metrics = {f"val_{name}": value for name, value in values}
+    rank.reporter.metrics(outcome.step, metrics)
+    with tempfile.TemporaryDirectory(prefix="cim-tokenizer-") as folder:
+        save_tokenizer(model, Path(folder))
+        for entry in rank.store.put_folder("tokenizer", Path(folder)):
+            rank.announce(entry)
+    outcome = dataclasses.replace(outcome, metrics={**outcome.metrics, **metrics}, files=rank.files)
+    return conclude(rank, outcome)
+
+
+def _picture(model: DiscreteVAE, unseen: ImageDataset, *, seed: int, device: torch.device) -> Image.Image:
+    """Held-out images beside their reconstructions; the model's mode is kept."""
+    was_training = model.training
+    model.eval()
+    try:
+        views = fixed_views(unseen, seed=seed, device=device)
+        return reconstruction_grid(model, views.pixels_B3HW.float() / 255)
+    finally:
+        model.train(was_training)
+
+
+def _pixels(dataset: ImageDataset, *, device: torch.device) -> Iterator[Tensor]:
+    for first in range(0, len(dataset), BATCH):
+        places = range(first, min(first + BATCH, len(dataset)))
+        yield torch.stack([dataset.eval_image(place) for place in places]).to(device).float() / 255
