@@ -2,15 +2,16 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
 from service.cli.specs import SpecFileError
-from service.client import ApiError, Client
-from service.client.errors import CorruptDownloadError
+
+if TYPE_CHECKING:
+    from service.client import Client
 
 ADDRESS_FILE = "service.json"  # written into the data directory by `cim up`
 
@@ -27,12 +28,14 @@ class NoServiceError(Exception):
     """No address of a service is known."""
 
 
-def connect(url: str | None, data_dir: Path) -> Client:
+def connect(url: str | None, data_dir: Path) -> "Client":
     """A client of the service at `url`, or of the one that runs on `data_dir`.
 
     Raises:
         NoServiceError: Neither is known.
     """
+    from service.client import Client
+
     try:
         return Client(url or _address(data_dir), refused_is_final=True)
     except ValueError as error:
@@ -57,6 +60,8 @@ class Commands(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command; its expected errors end it with a message instead of a traceback."""
+        from service.client.errors import ApiError, CorruptDownloadError
+
         try:
             return super().invoke(ctx)
         except ApiError as error:

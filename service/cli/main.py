@@ -2,6 +2,8 @@
 
 Standard output holds the answer alone (JSON with `--json`); everything else goes to standard
 error. Exit status: 0 done, 1 failed, 2 wrong usage or a spec that is refused, 130 interrupted.
+
+What draws and what speaks HTTP is imported by the command that needs it: `cim --help` is quick.
 """
 
 import importlib.util
@@ -10,12 +12,11 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
-from pydantic import BaseModel
 
-from service.cli import files, render, specs
+from service.cli import specs
 from service.cli.connect import (
     INTERRUPTED,
     USAGE,
@@ -27,9 +28,11 @@ from service.cli.connect import (
     print_json_line,
     say,
 )
-from service.cli.watch import display_for, status_of, watch
-from service.client import Client
-from service.contracts.jobs import JobState, JobView
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from service.client import Client
 
 app = typer.Typer(
     cls=Commands,
@@ -106,6 +109,8 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a file and show its specs with every default; nothing is queued."""
+    from service.cli import render
+
     found = specs.load(file, sets=sets)
     with connect(url, data_dir) as client:
         validation = client.validate(found)
@@ -119,7 +124,7 @@ def validate(
 
 @app.command()
 def ls(
-    state: Annotated[JobState | None, typer.Option(help="Only jobs in this state.")] = None,
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
     kind: Annotated[str | None, typer.Option(help="Only jobs of this kind.")] = None,
     label: Annotated[str | None, typer.Option(metavar="KEY=VALUE", help="Only jobs with this label.")] = None,
     limit: Annotated[int, typer.Option(min=1, help="At most so many, the newest.")] = 50,
@@ -128,6 +133,8 @@ def ls(
     as_json: Json = False,
 ) -> None:
     """List jobs, newest first."""
+    from service.cli import render
+
     with connect(url, data_dir) as client:
         found = client.jobs(page_size=min(limit, 100), state=state, kind=kind, label=label)
         jobs = [job for job, _ in zip(found, range(limit), strict=False)]
@@ -140,8 +147,14 @@ def ls(
 @app.command()
 def show(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
     """Show all about one job."""
+    from service.cli import render
+
     with connect(url, data_dir) as client:
-        _show(client.job(job), as_json=as_json)
+        view = client.job(job)
+    if as_json:
+        print_json(view.model_dump(mode="json"))
+    else:
+        out.print(render.job_panel(view, now=render.utc_now()))
 
 
 @app.command("watch")
@@ -161,6 +174,8 @@ def logs(
     job: Job, follow: Follow = False, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False
 ) -> None:
     """Print a job's log; with --json one JSON object a line."""
+    from service.cli import render
+
     with connect(url, data_dir) as client, _interruptible(job):
         for line in client.logs(job, follow=follow):
             _print_line(line, render.log_line(line), as_json=as_json)
@@ -171,6 +186,8 @@ def events(
     job: Job, follow: Follow = False, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False
 ) -> None:
     """Print what happened to a job; with --json one JSON object a line."""
+    from service.cli import render
+
     with connect(url, data_dir) as client, _interruptible(job):
         for event in client.events(job, follow=follow):
             _print_line(event, render.event_line(event), as_json=as_json)
@@ -185,6 +202,8 @@ def metrics(
     as_json: Json = False,
 ) -> None:
     """Show a job's curves; with --json every point."""
+    from service.cli import render
+
     with connect(url, data_dir) as client:
         points = client.metrics(job, key=key)
     if as_json:
@@ -209,6 +228,8 @@ def cancel(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Jso
 @app.command()
 def artifacts(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
     """List a job's files."""
+    from service.cli import render
+
     with connect(url, data_dir) as client:
         found = client.artifacts(job)
     if as_json:
@@ -230,6 +251,8 @@ def download(
     as_json: Json = False,
 ) -> None:
     """Fetch a job's files, checked against their SHA-256."""
+    from service.cli import files
+
     with connect(url, data_dir) as client:
         view = client.job(job)
         paths = files.download(client, view.id, path, to or Path(view.name), console=err)
@@ -250,12 +273,16 @@ def main() -> None:
     app()
 
 
-def _watch(client: Client, refs: list[str], *, as_json: bool) -> NoReturn:
+def _watch(client: "Client", refs: list[str], *, as_json: bool) -> NoReturn:
+    from service.cli.render import plain
+    from service.cli.watch import display_for, status_of, watch
+    from service.contracts.jobs import JobState
+
     with _interruptible(" ".join(refs)):
         jobs = watch(client, refs, display=display_for(err))
     for job in jobs:
         if job.state == JobState.FAILED:
-            say(f"{job.name} failed: {render.plain(job.reason)}")
+            say(f"{job.name} failed: {plain(job.reason)}")
     if as_json:
         print_json(_dump(jobs))
     raise typer.Exit(status_of(jobs))
@@ -270,19 +297,12 @@ def _interruptible(refs: str) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
 
 
-def _show(job: JobView, *, as_json: bool) -> None:
-    if as_json:
-        print_json(job.model_dump(mode="json"))
-    else:
-        out.print(render.job_panel(job, now=render.utc_now()))
-
-
-def _print_line(item: BaseModel, text: str, *, as_json: bool) -> None:
+def _print_line(item: "BaseModel", text: str, *, as_json: bool) -> None:
     if as_json:
         print_json_line(item.model_dump(mode="json"))
     else:
         out.print(text, markup=False, soft_wrap=True)
 
 
-def _dump(items: Iterable[BaseModel]) -> list[dict[str, Any]]:
+def _dump(items: Iterable["BaseModel"]) -> list[dict[str, Any]]:
     return [item.model_dump(mode="json") for item in items]
