@@ -48,10 +48,23 @@ class Child:
 
     def process(self) -> psutil.Process | None:
         """The running process; None when it is gone, a zombie, or its pid belongs to another one."""
+        process = self._same()
+        return None if process is None or _is_zombie(process) else process
+
+    def orphans(self) -> list[psutil.Process]:
+        """What a dead child left running: the other processes of the session that it led.
+
+        The kernel gives the pid to nobody else for as long as a session bears it, so a pid that
+        belongs to another process says that none is left.
+        """
+        if self.process() is not None or (psutil.pid_exists(self.pid) and self._same() is None):
+            return []
+        return [process for process in psutil.process_iter() if _in_session(process.pid, self.pid)]
+
+    def _same(self) -> psutil.Process | None:
         with suppress(psutil.NoSuchProcess):
             process = psutil.Process(self.pid)
-            same = abs(process.create_time() - self.create_time) < _SAME_START_S
-            if same and process.status() != psutil.STATUS_ZOMBIE:
+            if abs(process.create_time() - self.create_time) < _SAME_START_S:
                 return process
         return None
 
@@ -98,9 +111,11 @@ async def end(children: Iterable[Child], *, grace_s: float) -> int:
     no longer be found through it. The roots are asked first and end their own children in order;
     whatever stays after `grace_s` seconds is killed, and so is what it started meanwhile.
     """
+    children = list(children)
     roots = [process for child in children if (process := child.process()) is not None]
-    family = _with_descendants(roots)
-    for root in roots:
+    orphans = [process for child in children for process in child.orphans()]
+    family = _with_descendants([*roots, *orphans])
+    for root in [*roots, *orphans]:
         with suppress(psutil.NoSuchProcess):
             root.terminate()
     left = await _wait(family, grace_s=grace_s)
@@ -125,6 +140,13 @@ def replace_file(path: Path, content: str) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(content)
     draft.replace(path)
+
+
+def _in_session(pid: int, leader: int) -> bool:
+    try:
+        return os.getsid(pid) == leader and pid != leader
+    except (ProcessLookupError, PermissionError):
+        return False
 
 
 def _with_descendants(processes: Iterable[psutil.Process]) -> list[psutil.Process]:

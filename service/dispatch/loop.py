@@ -72,7 +72,7 @@ async def repeat(work: Callable[[], Awaitable[None]], *, every_s: float, stop: a
             # The database may be away; whatever it was, the next pass starts from what is there.
             num_failures += 1
             logger.exception("a pass failed, %d in a row", num_failures)
-        pause_s = min(every_s * 2**num_failures, max(every_s, _MAX_PAUSE_S))
+        pause_s = min(every_s * 2 ** min(num_failures, 10), max(every_s, _MAX_PAUSE_S))
         # Several dispatchers shall not knock at the same moment.
         await _wait(stop, timeout_s=pause_s * random.uniform(0.9, 1.1))
 
