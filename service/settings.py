@@ -59,3 +59,12 @@ class Settings(BaseSettings):
     def mlflow_browser_url(self) -> str | None:
         """MLflow as a browser reaches it."""
         return self.mlflow_public_url or self.mlflow_url
+
+
+def from_environment() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        pydantic.ValidationError: one is missing or malformed.
+    """
+    return Settings()  # type: ignore[call-arg]  # each argument is read from the environment

@@ -44,10 +44,6 @@ class Launcher(Protocol):
         """The last lines of its driver's output; empty when there are none."""
         ...
 
-    async def active(self) -> frozenset[str]:
-        """Ids of all submissions of ours that wait or run."""
-        ...
-
     async def capacity(self) -> Needs:
         """CPUs and GPUs of all living nodes."""
         ...

@@ -16,19 +16,21 @@ from service.domain.queueing import Needs
 
 # The first job of a fresh head takes seconds: Ray starts its supervisor before it answers.
 _TIMEOUT = httpx.Timeout(10.0, read=60.0)
-_OUR_PREFIX = "cim-"
 _MAX_NODES = 10_000  # Ray lists no more
 
 
 class RayLauncher:
     """One Ray cluster, reached through its dashboard."""
 
-    def __init__(self, url: str, *, token: str | None = None, env: Mapping[str, str] | None = None) -> None:
-        """`token` is None where the cluster runs with `RAY_AUTH_MODE=disabled`; `env` goes to every job."""
+    def __init__(
+        self, url: str, *, token: str | None = None, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        """`token` is None where the cluster runs with `RAY_AUTH_MODE=disabled`."""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         # Proxy variables are meant for the outer world, never for the cluster.
-        self._http = httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT, trust_env=False)
-        self._env = dict(env or {})
+        self._http = httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=_TIMEOUT, trust_env=False, transport=transport
+        )
         self._url = url
 
     async def close(self) -> None:
@@ -41,7 +43,7 @@ class RayLauncher:
             "submission_id": submission.id,
             "entrypoint": shlex.join(submission.command),
             "entrypoint_num_cpus": 0,  # the driver only waits; its workers hold the CPUs
-            "runtime_env": {"env_vars": {**self._env, **submission.env}},
+            "runtime_env": {"env_vars": dict(submission.env)},
         }
         try:
             answer = await self._http.post("/api/jobs/", json=body)
@@ -72,14 +74,6 @@ class RayLauncher:
         answer = await self._get(f"/api/jobs/{submission_id}/logs")
         text = str(answer.get("logs") or "") if answer else ""
         return text.splitlines()[-max_lines:]
-
-    async def active(self) -> frozenset[str]:
-        """Our jobs among all that Ray holds as pending or running."""
-        jobs = await self._get("/api/jobs/")
-        if not isinstance(jobs, list):
-            raise self._unavailable(f"expected a list of jobs, got {type(jobs).__name__}")
-        ids = ((job.get("submission_id") or "", job) for job in jobs if isinstance(job, dict))
-        return frozenset(i for i, job in ids if i.startswith(_OUR_PREFIX) and not _job(job).state.ended)
 
     async def capacity(self) -> Needs:
         """CPUs and GPUs of the nodes that are alive."""

@@ -1,0 +1,210 @@
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from service.contracts.jobs import FINAL, Desired, FailureKind
+from service.contracts.jobs import JobState as S
+from service.domain import lifecycle
+from service.domain.decide import (
+    Change,
+    ClusterJob,
+    ClusterState,
+    Decision,
+    Dependency,
+    ForceStop,
+    JobSeen,
+    Keep,
+    Launch,
+    Limits,
+    Lost,
+    NoteSubmitted,
+    Sight,
+    Submit,
+    decide,
+    ready,
+)
+from service.domain.queueing import Needs
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+LIMITS = Limits(start_deadline_s=100, stall_after_s=60, stop_grace_s=20, lost_grace_s=5)
+RUNS = Sight(job=ClusterJob(state=ClusterState.RUNNING))
+FAILED = Sight(job=ClusterJob(state=ClusterState.FAILED, exit_code=9, message="killed"), gone_for_s=6)
+UNKNOWN = Sight(job=None, gone_for_s=6)
+AWAY = Sight(known=False)
+
+
+def ago(seconds: float) -> datetime:
+    return NOW - timedelta(seconds=seconds)
+
+
+def seen(state: S, **changes: object) -> JobSeen:
+    job = JobSeen(
+        id="a" * 16,
+        state=state,
+        desired=Desired.RUN,
+        attempt=0 if state is S.QUEUED else 1,
+        needs=Needs(cpus=1),
+        priority=50,
+        created_at=ago(1000),
+        since=ago(1),
+        submitted=state is S.RUNNING,
+    )
+    return replace(job, **changes)  # type: ignore[arg-type]
+
+
+def needs(state: S, reason: str = "") -> Dependency:
+    return Dependency(job_id="b" * 16, name="tok", state=state, reason=reason)
+
+
+def decided(job: JobSeen, sight: Sight = UNKNOWN, *, admission: str | None = None) -> Decision:
+    return decide(job, sight, admission=admission, now=NOW, limits=LIMITS)
+
+
+def test_queued__starts_when_admitted_and_says_why_when_not() -> None:
+    assert decided(seen(S.QUEUED)) == Launch()
+    assert decided(seen(S.QUEUED), admission="waiting for room") == Keep(reason="waiting for room")
+
+
+def test_queued__waits_for_a_dependency_and_fails_with_it() -> None:
+    assert decided(seen(S.QUEUED, dependencies=(needs(S.SUCCEEDED),))) == Launch()
+    waiting = seen(S.QUEUED, dependencies=(needs(S.SUCCEEDED), needs(S.RETRYING)))
+    assert decided(waiting) == Keep(reason=f"waiting for job {'b' * 16} (tok)")
+    broken = decided(seen(S.QUEUED, dependencies=(needs(S.RUNNING), needs(S.FAILED, "no images in /x"))))
+    told = f"job {'b' * 16} (tok), which this one needs, failed: no images in /x"
+    assert broken == Change(dst=S.FAILED, reason=told, failure_kind=FailureKind.USER)
+    cancelled = decided(seen(S.QUEUED, dependencies=(needs(S.CANCELLED),)))
+    assert isinstance(cancelled, Change)
+    assert cancelled.reason.endswith("which this one needs, was cancelled")
+
+
+@pytest.mark.parametrize("state", [S.QUEUED, S.RETRYING, S.PAUSED])
+def test_without_workers__a_cancel_is_done_at_once(state: S) -> None:
+    change = decided(seen(state, desired=Desired.CANCEL), RUNS)
+    assert isinstance(change, Change)
+    assert change.dst is S.CANCELLED
+
+
+@pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING])
+@pytest.mark.parametrize("desired", [Desired.CANCEL, Desired.PAUSE])
+@pytest.mark.parametrize("sight", [RUNS, FAILED, UNKNOWN, AWAY])
+def test_with_workers__a_wish_to_stop_comes_before_everything(
+    state: S, desired: Desired, sight: Sight
+) -> None:
+    change = decided(seen(state, desired=desired), sight)
+    assert isinstance(change, Change)
+    assert change.dst is S.STOPPING
+
+
+def test_launching__unknown_to_ray_is_submitted_again_only_if_it_never_arrived() -> None:
+    assert decided(seen(S.LAUNCHING), UNKNOWN) == Submit()
+    assert decided(seen(S.LAUNCHING), RUNS) == NoteSubmitted()
+    lost = decided(seen(S.LAUNCHING, submitted=True), UNKNOWN)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.INFRASTRUCTURE
+
+
+def test_launching__gives_up_at_the_deadline() -> None:
+    assert decided(seen(S.LAUNCHING, submitted=True, since=ago(99)), RUNS) == Keep()
+    lost = decided(seen(S.LAUNCHING, submitted=True, since=ago(100)), RUNS)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.INFRASTRUCTURE
+    assert "did not report within 100 s" in lost.message
+
+
+def test_running__an_end_without_a_result_is_lost_after_the_grace() -> None:
+    assert decided(seen(S.RUNNING), replace(FAILED, gone_for_s=4.9)) == Keep()
+    lost = decided(seen(S.RUNNING), FAILED)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.INFRASTRUCTURE
+    assert "exit status 9" in lost.message
+    assert "killed" in lost.message
+
+
+@pytest.mark.parametrize("state", [ClusterState.SUCCEEDED, ClusterState.STOPPED])
+def test_running__rays_success_is_not_ours(state: ClusterState) -> None:
+    assert isinstance(decided(seen(S.RUNNING), Sight(job=ClusterJob(state=state), gone_for_s=6)), Lost)
+
+
+def test_running__silence_is_a_stall_and_the_last_report_restarts_the_clock() -> None:
+    assert decided(seen(S.RUNNING, since=ago(500), reported_at=ago(59)), RUNS) == Keep()
+    lost = decided(seen(S.RUNNING, since=ago(1), reported_at=ago(60)), RUNS)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.STALLED
+
+
+@pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING, S.STOPPING, S.RETRYING])
+def test_ray_away__nothing_is_concluded(state: S) -> None:
+    job = seen(state, since=ago(10_000), reported_at=ago(10_000), submitted=True)
+    assert decided(job, AWAY) == Keep()
+
+
+def test_stopping__is_over_when_the_driver_is_gone() -> None:
+    for sight in (FAILED, UNKNOWN, replace(UNKNOWN, gone_for_s=0)):
+        change = decided(seen(S.STOPPING, desired=Desired.CANCEL), sight)
+        assert isinstance(change, Change)
+        assert change.dst is S.CANCELLED
+    paused = decided(seen(S.STOPPING, desired=Desired.PAUSE), UNKNOWN)
+    assert isinstance(paused, Change)
+    assert paused.dst is S.PAUSED
+
+
+def test_stopping__force_comes_after_the_grace_or_at_once_where_nothing_can_be_saved() -> None:
+    cancelled = seen(S.STOPPING, desired=Desired.CANCEL, reported_at=ago(1), since=ago(19))
+    assert decided(cancelled, RUNS) == Keep()
+    assert decided(replace(cancelled, since=ago(20)), RUNS) == ForceStop()
+    assert decided(replace(cancelled, reported_at=None), RUNS) == ForceStop()
+
+
+def test_retrying__starts_when_due_and_only_after_the_earlier_attempt_is_gone() -> None:
+    job = seen(S.RETRYING, retry_at=ago(0))
+    assert decided(job, FAILED) == Launch()
+    assert decided(job, FAILED, admission="no room") == Keep(reason="no room")
+    assert decided(job, RUNS) == ForceStop()
+    assert decided(replace(job, retry_at=NOW + timedelta(seconds=1)), FAILED) == Keep()
+    assert not ready(job, RUNS, now=NOW)
+    assert ready(job, FAILED, now=NOW)
+
+
+def test_paused__waits_for_its_user() -> None:
+    assert decided(seen(S.PAUSED, desired=Desired.PAUSE)) == Keep()
+    resumed = decided(seen(S.PAUSED))
+    assert isinstance(resumed, Change)
+    assert resumed.dst is S.QUEUED
+
+
+SIGHTS = st.builds(
+    Sight,
+    known=st.booleans(),
+    job=st.none() | st.builds(ClusterJob, state=st.sampled_from(ClusterState)),
+    gone_for_s=st.floats(0, 100),
+)
+JOBS = st.builds(
+    seen,
+    st.sampled_from(S),
+    desired=st.sampled_from(Desired),
+    since=st.integers(0, 1000).map(ago),
+    reported_at=st.none() | st.integers(0, 1000).map(ago),
+    retry_at=st.none() | st.integers(-100, 100).map(ago),
+    submitted=st.booleans(),
+    dependencies=st.lists(st.sampled_from(S).map(needs), max_size=2).map(tuple),
+)
+
+
+@given(job=JOBS, sight=SIGHTS, admission=st.none() | st.just("no room"))
+def test_decide__every_change_is_legal_and_final_jobs_stay(
+    job: JobSeen, sight: Sight, admission: str | None
+) -> None:
+    decision = decided(job, sight, admission=admission)
+    if isinstance(decision, Change):
+        lifecycle.check(job.state, decision.dst)
+    if isinstance(decision, Launch):
+        lifecycle.check(job.state, S.LAUNCHING)
+        assert ready(job, sight, now=NOW)
+        assert admission is None
+    if isinstance(decision, Lost):
+        lifecycle.check(job.state, S.RETRYING)
+    if job.state in FINAL:
+        assert decision == Keep()
