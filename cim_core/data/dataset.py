@@ -17,6 +17,9 @@ from cim_core.data.transforms import BICUBIC, LANCZOS, Box, centre_square, cut, 
 from cim_core.errors import DataError
 from cim_core.seeding import generator_for
 
+PILLOW_PIXEL_BYTES = 4  # an RGB picture in memory
+CACHE_BYTES = 256 * 2**20  # in each process; docs/lab-log.md has what it saves
+
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
@@ -70,12 +73,19 @@ class Views:
 class ImageDataset:
     """The images of an index; an item is one use of one image, keyed by (epoch, index)."""
 
-    def __init__(self, index: Index, views: ViewConfig) -> None:
+    def __init__(self, index: Index, views: ViewConfig, *, cache_bytes: int = CACHE_BYTES) -> None:
+        """Views of `index`; up to `cache_bytes` of decoded pictures are kept (the views stay the same)."""
         self.index = index
         self.views = views
+        self._room_bytes = cache_bytes
+        self._kept: dict[int, Image.Image] = {}
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __getstate__(self) -> dict[str, object]:
+        """For the loader's processes, which fill a cache of their own."""
+        return {**self.__dict__, "_kept": {}}
 
     def __getitem__(self, key: SampleId) -> Views:
         """The views of one sample as a batch of one: one crop and flip, resized to both sizes."""
@@ -117,12 +127,23 @@ class ImageDataset:
         return label
 
     def picture(self, place: int) -> Image.Image:
-        """Image `place`, upright, in RGB and full size.
+        """Image `place`, upright, in RGB and full size; others may hold it too, so do not change it.
 
         Raises:
             OSError: the file is gone or cannot be read.
             DataError: the file was usable when the index was made and is not any more.
         """
+        if (kept := self._kept.get(place)) is not None:
+            return kept
+        image = self._decoded(place)
+        # First come, first kept: an epoch uses every picture once, so evicting would only cost.
+        # Threads may race here and keep one picture too many, which harms nothing.
+        if (size_bytes := image.width * image.height * PILLOW_PIXEL_BYTES) <= self._room_bytes:
+            self._room_bytes -= size_bytes
+            self._kept[place] = image
+        return image
+
+    def _decoded(self, place: int) -> Image.Image:
         data = self.index.read(place)
         try:
             return decode(data)

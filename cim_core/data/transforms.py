@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 # Chosen by content, not by suffix. Formats that start other programs (EPS) or hold no photographs stay out.
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_478_485  # as Pillow's own warning: 256 MiB of RGB
 
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
