@@ -41,6 +41,7 @@ def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mappin
         updated_at=now,
         attempt=0,
         progress={},
+        latest={},
         **values,
     )
     session.add(row)

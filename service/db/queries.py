@@ -5,12 +5,21 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, tuple_
+from sqlalchemy import Select, or_, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import JobState
-from service.db.tables import AttemptRow, Base, CheckpointRow, EventRow, FileRow, JobRow, MetricRow
+from service.db.tables import (
+    AttemptRow,
+    Base,
+    CheckpointRow,
+    EventRow,
+    FileRow,
+    JobRow,
+    MetricRow,
+    SubmissionRow,
+)
 from service.domain.names import JOB_ID_LENGTH
 
 # Both dialects spell `ON CONFLICT` alike, but SQLAlchemy gives them no common type.
@@ -29,9 +38,15 @@ class JobFilter:
     text: str | None = None  # part of the name or id
 
 
-async def job(session: AsyncSession, job_id: str, *, fresh: bool = False) -> JobRow | None:
-    """The job of a full id. `fresh` reads again what this session already holds."""
-    return await session.get(JobRow, job_id, populate_existing=fresh)
+async def job(
+    session: AsyncSession, job_id: str, *, fresh: bool = False, lock: bool = False
+) -> JobRow | None:
+    """The job of a full id.
+
+    `fresh` reads again what this session already holds. `lock` does that too and keeps others
+    from writing the row until the transaction ends (on SQLite a writer is alone anyway).
+    """
+    return await session.get(JobRow, job_id, populate_existing=fresh or lock, with_for_update=lock or None)
 
 
 async def jobs_by_id(session: AsyncSession, job_ids: Collection[str]) -> dict[str, JobRow]:
@@ -113,18 +128,6 @@ async def metrics_beyond(session: AsyncSession, job_id: str, *, mark: int, limit
     return (await session.scalars(query.order_by(MetricRow.id).limit(limit))).all()
 
 
-async def latest_metrics(session: AsyncSession, job_ids: Collection[str]) -> Sequence[MetricRow]:
-    """The last point of every curve of these jobs."""
-    last = (
-        select(MetricRow.job_id, MetricRow.key, func.max(MetricRow.step).label("step"))
-        .where(MetricRow.job_id.in_(job_ids))
-        .group_by(MetricRow.job_id, MetricRow.key)
-        .subquery()
-    )
-    same = (MetricRow.job_id == last.c.job_id, MetricRow.key == last.c.key, MetricRow.step == last.c.step)
-    return (await session.scalars(select(MetricRow).join(last, same[0] & same[1] & same[2]))).all()
-
-
 async def files(session: AsyncSession, job_id: str) -> Sequence[FileRow]:
     """Every artifact of a job, by path."""
     query = select(FileRow).where(FileRow.job_id == job_id).order_by(FileRow.path)
@@ -135,6 +138,17 @@ async def files_beyond(session: AsyncSession, job_id: str, *, mark: int, limit: 
     """Artifacts that came in after row `mark`, in the order in which they came."""
     query = select(FileRow).where(FileRow.job_id == job_id, FileRow.id > mark)
     return (await session.scalars(query.order_by(FileRow.id).limit(limit))).all()
+
+
+async def claim_key(session: AsyncSession, submission: Mapping[str, Any]) -> SubmissionRow | None:
+    """Insert the row of an idempotency key, or return the one that was there before.
+
+    Two submits at once: the second waits here until the first is committed, then sees it.
+    """
+    insert = _INSERT[session.get_bind().dialect.name]
+    statement = insert(SubmissionRow).values(**submission).on_conflict_do_nothing()
+    mine = await session.scalar(statement.returning(SubmissionRow.key))
+    return None if mine is not None else await session.get(SubmissionRow, submission["key"])
 
 
 async def upsert(

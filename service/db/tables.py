@@ -72,6 +72,7 @@ class JobRow(Base):
     finished_at: Mapped[datetime | None]
     updated_at: Mapped[datetime]
     progress: Mapped[dict[str, Any]]
+    latest: Mapped[dict[str, Any]]  # of each metric the last reported [step, value]
     result: Mapped[dict[str, Any] | None]
     mlflow_run_id: Mapped[str | None] = mapped_column(String(64))
     mlflow_metric_mark: Mapped[int] = mapped_column(RowNumber, default=0)  # metrics.id sent so far

@@ -57,6 +57,7 @@ def upgrade() -> None:
         sa.Column("finished_at", MOMENT, nullable=True),
         sa.Column("updated_at", MOMENT, nullable=False),
         sa.Column("progress", JSON, nullable=False),
+        sa.Column("latest", JSON, nullable=False),
         sa.Column("result", JSON, nullable=True),
         sa.Column("mlflow_run_id", sa.String(length=64), nullable=True),
         sa.Column("mlflow_metric_mark", ROW_NUMBER, nullable=False),

@@ -1,0 +1,26 @@
+"""Change a job's name, priority or labels; the spec stays what was submitted."""
+
+from datetime import datetime
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.changes import JobChange
+from service.db import moves
+from service.db.tables import JobRow
+from service.jobs.references import find
+
+
+async def change(session: AsyncSession, ref: str, wanted: JobChange, *, now: datetime) -> JobRow:
+    """Write what differs, with an event that says what it was before."""
+    row = await find(session, ref)
+    new = wanted.model_dump(exclude_none=True)
+    told = [
+        f"{key}: {getattr(row, key)} -> {value}" for key, value in new.items() if getattr(row, key) != value
+    ]
+    if told:
+        for key, value in new.items():
+            setattr(row, key, value)
+        row.updated_at = now
+        moves.note(session, row.id, actor="user", message="; ".join(told), now=now)
+        await session.flush()
+    return row

@@ -1,0 +1,48 @@
+"""What happened to a job."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import FINAL, EventView
+from service.db import queries
+from service.db.engine import Sessions, only_reads
+from service.db.tables import EventRow
+from service.jobs.references import find
+from service.jobs.views import to_event
+
+_ROWS_A_READ = 1000
+
+
+async def events(session: AsyncSession, ref: str) -> list[EventView]:
+    """All of a job's events, oldest first."""
+    job = await find(session, ref)
+    found: list[EventView] = []
+    while rows := await _after(session, job.id, found[-1].id if found else 0):
+        found += [to_event(row) for row in rows]
+    return found
+
+
+async def follow(sessions: Sessions, job_id: str, *, after: int, poll_s: float) -> AsyncIterator[EventView]:
+    """Events with an id above `after`, and those to come, until the job is final and all are told.
+
+    Between two looks, `poll_s` seconds apart, no connection to the database is held.
+    """
+    while True:
+        async with sessions.begin() as session:
+            await only_reads(session)
+            # The state is read before the events: whatever made it final is then among them.
+            job = await queries.job(session, job_id)
+            rows = await _after(session, job_id, after)
+        for row in rows:
+            yield to_event(row)
+            after = row.id
+        if not rows:
+            if job is None or job.state in FINAL:
+                return
+            await asyncio.sleep(poll_s)
+
+
+async def _after(session: AsyncSession, job_id: str, after: int) -> Sequence[EventRow]:
+    return await queries.events(session, job_id, after=after, limit=_ROWS_A_READ)

@@ -1,0 +1,158 @@
+"""The end of an attempt, as its worker tells it, and what becomes of the job."""
+
+import asyncio
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import Desired, FailureKind, FileEntry, JobState, MetricPoint
+from service.contracts.work import Failure, Finish
+from service.db import moves
+from service.db.engine import Sessions
+from service.db.tables import AttemptRow, JobRow
+from service.domain import retry
+from service.errors import BrokenManifestError, ConflictError
+from service.jobs.work import check_files, current, locked, record
+from service.store.base import ObjectStore
+
+
+@dataclass(frozen=True, kw_only=True)
+class End:
+    """Where the job goes, and the columns that are written with the move."""
+
+    state: JobState
+    message: str
+    values: dict[str, Any] = field(default_factory=dict)
+
+
+async def finish(
+    sessions: Sessions,
+    store: ObjectStore,
+    job_id: str,
+    number: int,
+    told: Finish,
+    *,
+    backoff: retry.Backoff,
+    now: datetime,
+) -> None:
+    """End the attempt. A repetition of what ended it changes nothing.
+
+    Raises:
+        BrokenManifestError: a success that did not come to its last step, or lacks a file.
+        StaleAttemptError: the attempt may no longer write.
+    """
+    _check_steps(told)
+    async with sessions.begin() as session:
+        if await _is_repeated(session, job_id, number, told):
+            return
+        await current(session, job_id, number)
+    files = await asyncio.to_thread(_real_files, store, job_id, told)
+    async with sessions.begin() as session:
+        if await _is_repeated(session, job_id, number, told):
+            return
+        job, attempt = await current(session, job_id, number)
+        await _end(session, job, attempt, told, files=files, backoff=backoff, now=now)
+
+
+def end_of(job: JobRow, told: Finish, *, backoff: retry.Backoff, now: datetime) -> End:
+    """What becomes of a job whose attempt ends like this."""
+    if told.outcome == "succeeded":
+        return _succeeded(told)
+    if job.desired is Desired.CANCEL:
+        return End(state=JobState.CANCELLED, message=f"cancelled by the user at step {told.step}")
+    failure = failure_of(told)
+    pausing = job.desired is Desired.PAUSE
+    if pausing and told.outcome == "stopped":
+        return End(state=JobState.PAUSED, message=f"paused by the user at step {told.step}")
+    verdict = retry.decide(
+        failure.kind, failure.message, attempt=job.attempt, max_attempts=job.max_attempts, backoff=backoff
+    )
+    values: dict[str, Any] = {"failure_kind": failure.kind}
+    if not verdict.retry:
+        return End(state=JobState.FAILED, message=verdict.reason, values=values)
+    if pausing:
+        return End(state=JobState.PAUSED, message=f"paused after: {failure.message}", values=values)
+    values["not_before"] = now + timedelta(seconds=verdict.delay_s)
+    return End(state=JobState.RETRYING, message=verdict.reason, values=values)
+
+
+def failure_of(told: Finish) -> Failure:
+    """Why an attempt that did not succeed ended."""
+    if told.failure is not None:
+        return Failure(kind=told.failure.kind, message=told.failure.message.replace("\x00", "\ufffd"))
+    if told.outcome == "stopped":
+        # Nobody here asked for it, so somebody outside did.
+        return Failure(kind=FailureKind.PREEMPTED, message=f"stopped from outside at step {told.step}")
+    return Failure(kind=FailureKind.INFRASTRUCTURE, message="the worker failed without saying why")
+
+
+def _succeeded(told: Finish) -> End:
+    result = {
+        "step": told.step,
+        "metrics": {key: value for key, value in told.metrics.items() if math.isfinite(value)},
+        "num_files": len(told.files),
+        "size_bytes": sum(entry.size for entry in told.files),
+    }
+    values = {"result": result, "failure_kind": None}
+    return End(state=JobState.SUCCEEDED, message=f"succeeded at step {told.step}", values=values)
+
+
+def _check_steps(told: Finish) -> None:
+    if told.outcome == "succeeded" and told.total_steps not in (None, told.step):
+        raise BrokenManifestError(f"a success must come to step {told.total_steps}, got {told.step}")
+
+
+async def _is_repeated(session: AsyncSession, job_id: str, number: int, told: Finish) -> bool:
+    _, attempt = await locked(session, job_id, number)
+    return attempt.ended_at is not None and attempt.outcome == told.outcome
+
+
+def _real_files(store: ObjectStore, job_id: str, told: Finish) -> list[FileEntry]:
+    """The files that are to be recorded. A success needs all; another end keeps what is there."""
+    if told.outcome == "succeeded":
+        check_files(store, job_id, told.files)
+        return told.files
+    kept = []
+    for entry in told.files:
+        try:
+            check_files(store, job_id, [entry])
+        except BrokenManifestError:
+            continue
+        kept.append(entry)
+    return kept
+
+
+async def _end(
+    session: AsyncSession,
+    job: JobRow,
+    attempt: AttemptRow,
+    told: Finish,
+    *,
+    files: Sequence[FileEntry],
+    backoff: retry.Backoff,
+    now: datetime,
+) -> None:
+    end = end_of(job, told, backoff=backoff, now=now)
+    attempt.ended_at, attempt.last_report_at = now, now
+    attempt.outcome, attempt.last_step = told.outcome, told.step
+    if told.outcome == "failed":
+        failure = failure_of(told)
+        attempt.failure_kind, attempt.message = failure.kind, failure.message
+    job.progress = {**job.progress, "step": told.step, "eta_s": None, "message": ""}
+    points = [MetricPoint(step=told.step, key=key, value=value) for key, value in told.metrics.items()]
+    await record(session, job, attempt.number, points, files, now=now)
+    moved = await moves.move(
+        session,
+        moves.seen(job),
+        end.state,
+        actor="worker",
+        message=end.message,
+        now=now,
+        values=end.values,
+    )
+    if not moved:
+        raise ConflictError(f"job {job.id} moved meanwhile")

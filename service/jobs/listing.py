@@ -1,0 +1,79 @@
+"""Pages of jobs, newest first. A cursor names the last job of a page, so new jobs shift nothing."""
+
+import base64
+import binascii
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import JobPage, JobState
+from service.contracts.problems import FieldProblem
+from service.db import queries
+from service.db.tables import JobRow
+from service.errors import InvalidSpecError
+from service.jobs.views import to_views
+
+
+class InvalidQueryError(InvalidSpecError):
+    """A parameter of a request cannot be read."""
+
+    code, title = "invalid_request", "The request is not valid"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Query:
+    """What a client asked to see."""
+
+    states: Sequence[JobState] = ()
+    kinds: Sequence[str] = ()
+    name: str | None = None
+    labels: Sequence[str] = ()  # key=value
+    text: str | None = None
+    limit: int = 50
+    cursor: str | None = None
+
+
+async def page(session: AsyncSession, query: Query, *, mlflow_url: str | None) -> JobPage:
+    """One page, and the cursor of the next where there is one."""
+    wanted = queries.JobFilter(
+        states=query.states,
+        kinds=query.kinds,
+        name=query.name,
+        labels=dict(_label(label) for label in query.labels),
+        text=query.text,
+    )
+    before = _position(query.cursor) if query.cursor else None
+    rows = await queries.page(session, wanted, limit=query.limit + 1, before=before)
+    shown = rows[: query.limit]
+    views = await to_views(session, shown, mlflow_url=mlflow_url)
+    return JobPage(jobs=views, next_cursor=_cursor(shown[-1]) if len(rows) > query.limit else None)
+
+
+def _label(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not (key and equals):
+        raise _invalid("label", "must look like key=value", text)
+    return key, value
+
+
+def _cursor(row: JobRow) -> str:
+    text = json.dumps([row.created_at.isoformat(), row.id])
+    return base64.urlsafe_b64encode(text.encode()).decode()
+
+
+def _position(cursor: str) -> tuple[datetime, str]:
+    try:
+        moment, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
+        at = datetime.fromisoformat(moment)
+    except (binascii.Error, ValueError, TypeError) as error:
+        raise _invalid("cursor", "must be the next_cursor of an earlier page", cursor) from error
+    if at.tzinfo is None or not isinstance(job_id, str):
+        raise _invalid("cursor", "must be the next_cursor of an earlier page", cursor)
+    return at, job_id
+
+
+def _invalid(name: str, rule: str, value: str) -> InvalidQueryError:
+    return InvalidQueryError([FieldProblem(path=name, message=f"{rule}, got {value!r}", value=value)])

@@ -1,0 +1,176 @@
+"""What the worker of an attempt asks and tells. Every call may be repeated.
+
+The fence: a call counts only while its attempt is the job's latest and the job is not final. The
+job's row is locked from that check until what was told is committed, so nothing slips through
+between the two.
+"""
+
+import asyncio
+import math
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.contracts.jobs import FINAL, Desired, FileEntry, JobState, MetricPoint, Progress
+from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, StoreAddress
+from service.db import moves, queries
+from service.db.engine import Sessions
+from service.db.tables import AttemptRow, CheckpointRow, FileRow, JobRow, MetricRow
+from service.domain.names import attempt_prefix, job_prefix
+from service.errors import BrokenManifestError, NotFoundError, StaleAttemptError
+from service.store.base import ObjectStore
+
+# Kind of a job: what it takes from another one, and where its spec says from which.
+_INPUTS = {"pretrain": ("tokenizer", ("model", "tokenizer", "source")), "evaluate": ("encoder", ("encoder",))}
+
+
+async def assignment(session: AsyncSession, job_id: str, number: int, *, store: StoreAddress) -> Assignment:
+    """All that the worker needs, with the last committed checkpoint of this or an earlier attempt."""
+    job, attempt = await current(session, job_id, number)
+    checkpoint = await queries.last_checkpoint(session, job_id)
+    if attempt.last_report_at is None and checkpoint is not None:
+        attempt.resumed_from_step = checkpoint.step
+    return Assignment(
+        job_id=job_id,
+        attempt=number,
+        spec=job.resolved,
+        submitted=job.spec,
+        inputs=_inputs(job),
+        store=store,
+        checkpoint=_checkpoint(checkpoint),
+    )
+
+
+async def report(
+    session: AsyncSession, job_id: str, number: int, told: Report, *, now: datetime
+) -> ReportReply:
+    """Take progress, metrics and finished files; say whether to go on."""
+    job, attempt = await current(session, job_id, number)
+    if job.state is JobState.LAUNCHING:
+        message = f"attempt {number} is running"
+        await moves.move(session, moves.seen(job), JobState.RUNNING, actor="worker", message=message, now=now)
+    attempt.last_report_at = now
+    attempt.last_step = told.progress.step
+    job.progress = _storable(told.progress)
+    job.updated_at = now
+    if told.plan is not None:
+        job.resolved = {**job.resolved, "plan": told.plan}
+    await record(session, job, number, told.metrics, told.files, now=now)
+    return ReportReply(directive="continue" if job.desired is Desired.RUN else "stop")
+
+
+async def commit_checkpoint(
+    sessions: Sessions, store: ObjectStore, job_id: str, number: int, told: Checkpoint, *, now: datetime
+) -> None:
+    """Make a checkpoint real, once all its files are seen in the object store in their size.
+
+    Raises BrokenManifestError where one is not, or where the manifest names another attempt's files.
+    """
+    mine = f"{attempt_prefix(number)}/"
+    if not told.prefix.startswith(mine) or not told.files:
+        raise BrokenManifestError(f"a checkpoint of attempt {number} must hold files below {mine}")
+    if strays := [entry.path for entry in told.files if not entry.path.startswith(f"{told.prefix}/")]:
+        raise BrokenManifestError(f"{strays[0]} does not lie below {told.prefix}")
+    async with sessions.begin() as session:
+        await current(session, job_id, number)
+    await asyncio.to_thread(check_files, store, job_id, told.files)
+    async with sessions.begin() as session:
+        await current(session, job_id, number)
+        row = {
+            "job_id": job_id,
+            "attempt": number,
+            "step": told.step,
+            "prefix": told.prefix,
+            "files": [entry.model_dump() for entry in told.files],
+            "at": now,
+        }
+        if await session.get(CheckpointRow, (job_id, number, told.step)) is None:
+            message = f"attempt {number} committed a checkpoint at step {told.step}"
+            moves.note(session, job_id, actor="worker", message=message, now=now)
+        await queries.upsert(session, CheckpointRow, [row], key=("job_id", "attempt", "step"))
+
+
+async def current(session: AsyncSession, job_id: str, number: int) -> tuple[JobRow, AttemptRow]:
+    """The locked job and its attempt.
+
+    Raises StaleAttemptError unless the attempt is the job's latest and may still write.
+    """
+    job, attempt = await locked(session, job_id, number)
+    if attempt.number != job.attempt:
+        raise StaleAttemptError(f"attempt {number} of job {job_id} was replaced by attempt {job.attempt}")
+    if job.state in FINAL or attempt.ended_at is not None:
+        raise StaleAttemptError(f"attempt {number} of job {job_id} is over, the job is {job.state}")
+    return job, attempt
+
+
+async def locked(session: AsyncSession, job_id: str, number: int) -> tuple[JobRow, AttemptRow]:
+    """The locked job and one of its attempts, whatever their state."""
+    job = await queries.job(session, job_id, lock=True)
+    attempt = await queries.attempt(session, job_id, number, fresh=True)
+    if job is None or attempt is None:
+        raise NotFoundError(f"job {job_id} has no attempt {number}")
+    return job, attempt
+
+
+async def record(
+    session: AsyncSession,
+    job: JobRow,
+    number: int,
+    points: Sequence[MetricPoint],
+    files: Sequence[FileEntry],
+    *,
+    now: datetime,
+) -> None:
+    """Store points and files in the place of those of the same key and step, or path."""
+    # JSON has no NaN and the databases disagree on it; a gap in a curve says the same.
+    points = [point for point in points if math.isfinite(point.value)]
+    if points:
+        in_order = sorted(points, key=lambda point: point.step)
+        job.latest = {**job.latest, **{point.key: [point.step, point.value] for point in in_order}}
+    whose = {"job_id": job.id, "attempt": number, "at": now}
+    metrics = [{**whose, **point.model_dump()} for point in points]
+    await queries.upsert(session, MetricRow, metrics, key=("job_id", "key", "step"))
+    entries = [{**whose, **entry.model_dump()} for entry in files]
+    await queries.upsert(session, FileRow, entries, key=("job_id", "path"))
+
+
+def check_files(store: ObjectStore, job_id: str, files: Iterable[FileEntry]) -> None:
+    """Raise BrokenManifestError for the first file that the store does not hold in its size. Blocks."""
+    for entry in files:
+        found = store.stat(f"{job_prefix(job_id)}/{entry.path}")
+        if found is None:
+            raise BrokenManifestError(f"{entry.path} is not in the object store")
+        if found.size != entry.size:
+            raise BrokenManifestError(
+                f"{entry.path} has {found.size} bytes in the object store, the manifest says {entry.size}"
+            )
+
+
+def _storable(progress: Progress) -> dict[str, Any]:
+    document = progress.model_dump()
+    for key, value in document.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            document[key] = None
+    document["message"] = progress.message.replace("\x00", "\ufffd")
+    return document
+
+
+def _inputs(job: JobRow) -> dict[str, str]:
+    """Where the artifacts that the spec refers to lie: a prefix in the store, or the address given."""
+    if job.kind not in _INPUTS:
+        return {}
+    name, place = _INPUTS[job.kind]
+    address: Any = job.resolved
+    for key in place:
+        address = address[key]
+    target = address.removeprefix("job:")
+    return {name: f"{job_prefix(target)}/{name}" if address.startswith("job:") else address}
+
+
+def _checkpoint(row: CheckpointRow | None) -> Checkpoint | None:
+    if row is None:
+        return None
+    files = [FileEntry.model_validate(entry) for entry in row.files]
+    return Checkpoint(step=row.step, prefix=row.prefix, files=files)
