@@ -43,7 +43,7 @@ def connect(url: str | None, data_dir: Path) -> "Client":
 
 
 def _address(data_dir: Path) -> str:
-    path = data_dir.absolute() / ADDRESS_FILE
+    path = data_dir.expanduser().absolute() / ADDRESS_FILE
     try:
         return str(json.loads(path.read_text("utf-8"))["api"])
     except FileNotFoundError as error:

@@ -62,20 +62,23 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the jo
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def up(
     ctx: typer.Context,
-    port: Annotated[int, typer.Option(help="Of the API; 0 takes a free one.")] = 8000,
-    mlflow_port: Annotated[int, typer.Option(help="Of the MLflow UI; 0 takes a free one.")] = 5000,
-    data_dir: Annotated[
-        Path, typer.Option(envvar="CIM_DATA_DIR", help="Where everything is kept.")
-    ] = DATA_DIR,
+    port: Annotated[int | None, typer.Option(help="Of the API; 0: any free one.", show_default="8000")] = None,
+    mlflow_port: Annotated[
+        int | None, typer.Option(help="Of the MLflow UI; 0: any free one.", show_default="5000")
+    ] = None,
+    data_dir: DataDir = DATA_DIR,
     as_json: Json = False,
 ) -> None:
     """Run the whole service on this machine until Ctrl-C; it needs nothing else."""
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("ray") is None:
         say("this installation holds the client alone; install cim-service[all] to run the service")
         raise typer.Exit(USAGE)
-    command = [sys.executable, "-m", "service", "up", "--port", str(port), "--mlflow-port", str(mlflow_port)]
-    command += ["--data-dir", str(data_dir), *(["--json"] if as_json else []), *ctx.args]
-    os.execv(sys.executable, command)  # noqa: S606  the service replaces this process, signals and all
+    command = [sys.executable, "-m", "service", "up", "--data-dir", str(data_dir)]
+    # A port that is not given may be that of a killed run, which the service knows.
+    command += [] if port is None else ["--port", str(port)]
+    command += [] if mlflow_port is None else ["--mlflow-port", str(mlflow_port)]
+    command += ["--json"] if as_json else []
+    os.execv(sys.executable, [*command, *ctx.args])  # noqa: S606  the service takes this process's place
 
 
 @app.command()
