@@ -2,6 +2,7 @@
 
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -32,6 +33,7 @@ M = TypeVar("M", bound=BaseModel)
 PATIENCE_S = 10.0
 OUTAGE_PATIENCE_S = 300.0  # a service that is being upgraded should not end a wait of days
 SILENCE_S = 60.0  # a stream says something at least every 15 s
+MOST_POINTS = 100_000  # in one answer of the service
 END = "end"  # the event that ends a stream for good
 
 
@@ -156,10 +158,16 @@ class Client:
         return iter(parse(list[LogLine], self._get(path)))
 
     def metrics(self, ref: str, *, key: str | None = None) -> list[MetricPoint]:
-        """The curves of the job, or one of them, by step."""
-        return parse(
-            list[MetricPoint], self._get(f"{_path(ref)}/metrics", params={"key": key} if key else {})
-        )
+        """The curves of the job, or one of them, by step. One request for each 100 000 points."""
+        query: dict[str, Any] = {} if key is None else {"key": key}
+        found: dict[tuple[int, str], MetricPoint] = {}
+        while True:
+            page = parse(list[MetricPoint], self._get(f"{_path(ref)}/metrics", params=query))
+            found |= {(point.step, point.key): point for point in page}
+            if len(page) < MOST_POINTS:
+                return list(found.values())
+            # The page may end within a step, so that step is asked for again.
+            query["after_step"] = page[-1].step - 1
 
     def artifacts(self, ref: str) -> list[FileEntry]:
         """The job's files."""
@@ -219,15 +227,24 @@ class Client:
     def _follow(self, path: str, kind: type[M]) -> Iterator[M]:
         """Items of a stream that is opened again where it broke, until the service ends it."""
         last_id: str | None = None
+        since_last_id: Counter[str] = Counter()
         broken_at: float | None = None
         while True:
+            # Where the stream goes on after `last_id` it repeats what came after it.
+            repeated = since_last_id.copy()
             try:
                 for message in self._messages(path, last_id):
                     broken_at = None
-                    last_id = message.id or last_id
                     if message.event == END:
                         return
-                    yield kind.model_validate_json(message.data)
+                    if message.id != last_id:
+                        last_id, since_last_id = message.id, Counter()
+                    else:
+                        since_last_id[message.data] += 1
+                    if repeated[message.data] > 0:
+                        repeated[message.data] -= 1
+                    else:
+                        yield kind.model_validate_json(message.data)
             except UnreachableError:
                 broken_at = broken_at or self._backoff.clock()
                 if self._backoff.clock() - broken_at > OUTAGE_PATIENCE_S:

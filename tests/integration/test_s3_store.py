@@ -149,11 +149,12 @@ def test_errors__a_server_that_is_away_is_a_store_error(bucket: Any, tmp_path: P
     source = tmp_path / "file"
     source.write_bytes(b"x")
     away = S3Store("bucket", endpoint_url="http://127.0.0.1:1", region="us-east-1")
-    for call in (
-        lambda: away.put_bytes("k", b""),
-        lambda: away.put_file("k", source),
-        lambda: away.stat("k"),
-    ):
+    calls: list[Callable[[], object]] = [
+        partial(away.put_bytes, "k", b""),
+        partial(away.put_file, "k", source),
+        partial(away.stat, "k"),
+    ]
+    for call in calls:
         with pytest.raises(StoreError, match=r"127\.0\.0\.1:1"):
             call()
 
