@@ -2,19 +2,17 @@
 
 import secrets
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel
 
-from service.client import sse
 from service.client.downloads import Downloader, OnBytes
-from service.client.errors import ApiError, UnreachableError
-from service.client.http import Backoff, Transport, parse
+from service.client.errors import ApiError
+from service.client.follow import follow_stream
+from service.client.http import OUTAGE_PATIENCE_S, Backoff, Transport, parse
 from service.contracts.jobs import (
     FINAL,
     EventView,
@@ -28,13 +26,9 @@ from service.contracts.jobs import (
 from service.contracts.problems import Problem
 
 Spec = Mapping[str, Any]
-M = TypeVar("M", bound=BaseModel)
 
 PATIENCE_S = 10.0
-OUTAGE_PATIENCE_S = 300.0  # a service that is being upgraded should not end a wait of days
-SILENCE_S = 60.0  # a stream says something at least every 15 s
 MOST_POINTS = 100_000  # in one answer of the service
-END = "end"  # the event that ends a stream for good
 
 
 class Client:
@@ -147,14 +141,14 @@ class Client:
         """What happened to the job, oldest first; `follow` goes on until the job is final."""
         path = f"{_path(ref)}/events"
         if follow:
-            return self._follow(path, EventView)
+            return follow_stream(self._transport, path, EventView, backoff=self._backoff)
         return iter(parse(list[EventView], self._get(path)))
 
     def logs(self, ref: str, *, follow: bool = False) -> Iterator[LogLine]:
         """The job's log lines, oldest first; `follow` goes on until the job is final."""
         path = f"{_path(ref)}/logs"
         if follow:
-            return self._follow(path, LogLine)
+            return follow_stream(self._transport, path, LogLine, backoff=self._backoff)
         return iter(parse(list[LogLine], self._get(path)))
 
     def metrics(self, ref: str, *, key: str | None = None) -> list[MetricPoint]:
@@ -223,41 +217,6 @@ class Client:
             if view.state in FINAL:
                 return view
             sleep(poll_s)
-
-    def _follow(self, path: str, kind: type[M]) -> Iterator[M]:
-        """Items of a stream that is opened again where it broke, until the service ends it."""
-        last_id: str | None = None
-        since_last_id: Counter[str] = Counter()
-        broken_at: float | None = None
-        while True:
-            # Where the stream goes on after `last_id` it repeats what came after it.
-            repeated = since_last_id.copy()
-            try:
-                for message in self._messages(path, last_id):
-                    broken_at = None
-                    if message.event == END:
-                        return
-                    if message.id != last_id:
-                        last_id, since_last_id = message.id, Counter()
-                    else:
-                        since_last_id[message.data] += 1
-                    if repeated[message.data] > 0:
-                        repeated[message.data] -= 1
-                    else:
-                        yield kind.model_validate_json(message.data)
-            except UnreachableError:
-                broken_at = broken_at or self._backoff.clock()
-                if self._backoff.clock() - broken_at > OUTAGE_PATIENCE_S:
-                    raise
-            self._backoff.sleep(self._backoff.pause_s(1))
-
-    def _messages(self, path: str, last_id: str | None) -> Iterator[sse.Message]:
-        headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_id} if last_id else {})
-        params = {"follow": "true"}
-        with self._transport.stream(
-            path, headers=headers, params=params, read_timeout_s=SILENCE_S
-        ) as response:
-            yield from sse.messages(response.iter_lines())
 
     def _get(self, path: str, **request: Any) -> httpx.Response:
         return self._call("GET", path, **request)

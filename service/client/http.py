@@ -19,6 +19,7 @@ T = TypeVar("T")
 
 TOO_MANY = 429
 CONNECT_TIMEOUT_S = 5.0
+OUTAGE_PATIENCE_S = 300.0  # a service that is being upgraded should not end a wait of days
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,13 @@ class Message:
     id: str | None  # where to go on after a broken connection
 
 
-def messages(lines: Iterable[str]) -> Iterator[Message]:
-    """The events in `lines` (without their line ends). An event that was cut off is dropped."""
+def messages(lines: Iterable[str], *, last_id: str | None = None) -> Iterator[Message]:
+    """The events in `lines` (without their line ends). An event that was cut off is dropped.
+
+    An event without an id of its own bears that of the one before; `last_id` is the one to begin with.
+    """
     event = "message"
     data: list[str] = []
-    last_id: str | None = None
     for line in lines:
         if not line:
             if data:
