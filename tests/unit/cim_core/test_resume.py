@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file
 from torch import nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from cim_core.cim import build_cim
@@ -177,7 +177,7 @@ def test_real_model__cut_twice_ends_as_the_uncut_run(name: str, images: Path, tm
 def two_ranks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Every model, uncut and cut, in one pair of processes; starting a pair takes seconds."""
     out = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank_process, args=(str(images), str(out)), nprocs=2)
+    spawn(_rank_process, args=(str(images), str(out)), nprocs=2)  # type: ignore[no-untyped-call]
     return out
 
 
