@@ -82,7 +82,7 @@ class TokenizerConfig:
     quantiser: Literal["vq", "relaxed"] = "vq"
     ema_decay: float = 0.99  # vq: decay of the codebook's moving averages
     commitment: float = 0.25  # vq: weight of the commitment loss
-    restart_below: float = 0.1  # vq: a code whose average use a step falls below is re-seeded
+    restart_below: float = 0.1  # vq: a code used less than this share of an even use is re-seeded
     temperature_start: float = 1.0  # relaxed: Gumbel-softmax temperature, cosine to the end value
     temperature_end: float = 0.0625
     kl_weight: float = 6.6  # relaxed: final weight of the KL to the uniform prior

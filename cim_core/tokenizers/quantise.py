@@ -43,7 +43,7 @@ class VectorQuantiser(nn.Module):
 
     codebook: Tensor
     uses: Tensor
-    seeded: Tensor
+    updates: Tensor
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class VectorQuantiser(nn.Module):
         self._config = config
         self.register_buffer("codebook", torch.zeros(config.vocab_size, config.code_dim))
         self.register_buffer("uses", torch.zeros(config.vocab_size))  # moving average, tokens a step
-        self.register_buffer("seeded", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))  # 0: not yet seeded
 
     def initialise(self, *, generator: torch.Generator) -> None:
         """Draw a codebook that an untrained tokenizer can live with; the first batch replaces it."""
@@ -74,7 +74,7 @@ class VectorQuantiser(nn.Module):
         del progress
         with torch.autocast(z_BDhw.device.type, enabled=False):
             z_ND = _rows(z_BDhw)
-            if self.training and not self.seeded:
+            if self.training and self.updates == 0:
                 self._seed(z_ND.detach(), generator=generator)
             ids_N = nearest(z_ND, self.codebook)
             code_ND = self.codebook[ids_N]
@@ -97,7 +97,6 @@ class VectorQuantiser(nn.Module):
             means_VD = sums_VD / counts_V.clamp(min=1)[:, None]
             self.codebook.copy_(torch.where(counts_V[:, None] > 0, means_VD, self.codebook))
             self.uses.copy_(counts_V)
-        self.seeded.fill_(value=True)
 
     @torch.no_grad()
     def _follow(
@@ -106,7 +105,7 @@ class VectorQuantiser(nn.Module):
         """Move the averages by one step and re-seed dead codes; returns how many were dead."""
         if not self.training:
             return torch.zeros((), device=z_ND.device)
-        keep = self._config.ema_decay
+        keep = self._decay()
         uses_V = keep * self.uses + (1 - keep) * counts_V
         moved_VD = (keep * self.uses)[:, None] * self.codebook + (1 - keep) * sums_VD
         # An entry without any weight, old or new, has no mean: it stays where it is.
@@ -114,14 +113,19 @@ class VectorQuantiser(nn.Module):
         codebook_VD = torch.where(
             has_mean[:, None], moved_VD / uses_V.clamp(min=1e-37)[:, None], self.codebook
         )
-        # With fewer tokens than codes no code can be used once a step: the bar sinks in proportion.
-        fair_share = (counts_V.sum() / len(counts_V)).clamp(max=1.0)
-        dead_V = uses_V < self._config.restart_below * fair_share
+        bar = self._config.restart_below * counts_V.sum() / len(counts_V)
+        dead_V = uses_V < bar
         # Drawn whether needed or not: asking first would make the GPU wait for the CPU.
         fresh_VD = _random_rows(z_ND, num=len(self.codebook), generator=generator)
         self.codebook.copy_(torch.where(dead_V[:, None], fresh_VD, codebook_VD))
-        self.uses.copy_(torch.where(dead_V, fair_share, uses_V))
+        # Little weight: it moves to the mean of what it attracts, or is soon tried elsewhere.
+        self.uses.copy_(torch.where(dead_V, 2 * bar, uses_V))
+        self.updates += 1
         return dead_V.sum().float()
+
+    def _decay(self) -> Tensor:
+        """Short averages at first: the encoder runs away from a codebook with a memory of 100 steps."""
+        return ((self.updates + 1) / (self.updates + 10)).clamp(max=self._config.ema_decay)
 
 
 class RelaxedQuantiser(nn.Module):

@@ -41,7 +41,8 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise ModelError(_lesson(folder, f"the weights do not fit {RECORD}: {error}")) from error
+        listed = " ".join(str(error).split())
+        raise ModelError(_lesson(folder, f"the weights do not fit {RECORD}: {listed}")) from error
     return model.eval().requires_grad_(requires_grad=False)
 
 

@@ -1,0 +1,51 @@
+"""Numbers and picture of an evaluation, on a tokenizer whose answers are known."""
+
+import math
+
+import pytest
+import torch
+
+from cim_core.tokenizers.evaluate import evaluate_tokenizer, reconstruction_grid
+from cim_core.tokenizers.fake import FakeTokenizer
+
+
+def test_evaluate__known_errors_and_ids() -> None:
+    """Two levels, decoded to 0.25 and 0.75: white is off by 0.25, 0.65 by 0.1; both are id 1."""
+    fake = FakeTokenizer(vocab_size=2, stride=2)
+    batches = [torch.ones(1, 3, 4, 4), torch.full((3, 3, 4, 4), 0.65)]
+    values = dict(evaluate_tokenizer(fake, batches))
+    assert values["psnr"] == pytest.approx(-10 * math.log10((0.25**2 + 3 * 0.1**2) / 4), rel=1e-5)
+    assert values["codes_used"] == 0.5
+    assert values["perplexity"] == pytest.approx(1)
+
+
+def test_evaluate__perplexity_over_all_batches() -> None:
+    fake = FakeTokenizer(vocab_size=4, stride=2)
+    batches = [fake.decode(torch.full((1, 1, 1), i)) for i in range(4)]
+    values = dict(evaluate_tokenizer(fake, iter(batches)))
+    assert values["perplexity"] == pytest.approx(4)
+    assert values["codes_used"] == 1
+    assert values["psnr"] > 90  # a perfect copy stays finite
+    assert math.isfinite(values["psnr"])
+
+
+def test_evaluate__no_image_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no image"):
+        list(evaluate_tokenizer(FakeTokenizer(), []))
+
+
+def test_grid__original_beside_reconstruction() -> None:
+    images = torch.zeros(2, 3, 16, 16)
+    images[0, 0] = 1.0  # red, which the fake cannot keep: brightness 1/3 is level 21 of 64
+    picture = reconstruction_grid(FakeTokenizer(), images)
+    left, right = 4, 4 + 128 + 4
+    assert picture.size == (2 * 132 + 4, 20 + 2 * 132)
+    assert picture.getpixel((left + 64, 20 + 64)) == (255, 0, 0)
+    grey = round(21.5 / 64 * 255)
+    assert picture.getpixel((right + 64, 20 + 64)) == (grey, grey, grey)
+    assert picture.getpixel((left + 64, 20 + 132 + 64)) == (0, 0, 0)
+
+
+def test_grid__eight_rows_at_most() -> None:
+    picture = reconstruction_grid(FakeTokenizer(), torch.rand(11, 3, 8, 8))
+    assert picture.height == 20 + 8 * 132
