@@ -1,0 +1,127 @@
+"""The workers' side of the service in memory, alone or behind a small HTTP server.
+
+`AttemptServer` speaks the wire format of `POST /v1/attempts/...`, so that real worker processes can
+be driven without the service.
+"""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from service.client.errors import StaleAttempt, UnreachableError
+from service.contracts.problems import Problem
+from service.contracts.work import Assignment, Checkpoint, Finish, Report, ReportReply
+
+STALE = Problem(title="Stale", status=409, code="stale_attempt", detail="a newer attempt owns the job")
+
+
+class FakeWork:
+    """One attempt as the service sees it; satisfies what reporter and checkpoint writer ask for."""
+
+    def __init__(self, assignment: Assignment | None = None) -> None:
+        self.assigned = assignment
+        self.reports: list[Report] = []
+        self.checkpoints: list[Checkpoint] = []
+        self.finishes: list[Finish] = []
+        self.stale = False
+        self.away = False
+        self.stop_from_step: int | None = None
+        self.changed = threading.Condition()
+
+    def assignment(self) -> Assignment:
+        self._answer()
+        assert self.assigned is not None
+        return self.assigned
+
+    def report(self, report: Report, *, patience_s: float = 0) -> ReportReply:
+        self._answer()
+        with self.changed:
+            self.reports.append(report)
+            self.changed.notify_all()
+        stop = self.stop_from_step is not None and report.progress.step >= self.stop_from_step
+        return ReportReply(directive="stop" if stop else "continue")
+
+    def commit_checkpoint(self, checkpoint: Checkpoint) -> None:
+        self._answer()
+        with self.changed:
+            self.checkpoints.append(checkpoint)
+            self.changed.notify_all()
+
+    def finish(self, finish: Finish) -> None:
+        self._answer()
+        self.finishes.append(finish)
+
+    def metric(self, key: str) -> dict[int, float]:
+        """The values of one curve by step, in the order of arrival."""
+        points = [point for report in self.reports for point in report.metrics if point.key == key]
+        return {point.step: point.value for point in points}
+
+    def wait_for_checkpoint(self, *, timeout_s: float) -> Checkpoint:
+        """The first committed checkpoint; AssertionError when none comes."""
+        with self.changed:
+            arrived = self.changed.wait_for(lambda: bool(self.checkpoints), timeout=timeout_s)
+            assert arrived, f"no checkpoint within {timeout_s} s; last report: {self.reports[-1:]}"
+            return self.checkpoints[0]
+
+    def _answer(self) -> None:
+        if self.away:
+            raise UnreachableError("the service is away")
+        if self.stale:
+            raise StaleAttempt(STALE)
+
+
+@contextmanager
+def serving(work: FakeWork, *, token: str) -> Iterator[str]:
+    """`work` behind HTTP on a free port; yields the address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(work, token=token))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(lambda: work.assignment().model_dump(mode="json"))
+
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            match self.path.rsplit("/", 1)[-1]:
+                case "report":
+                    reply = lambda: work.report(Report.model_validate_json(body)).model_dump()  # noqa: E731
+                case "checkpoints":
+                    reply = lambda: work.commit_checkpoint(Checkpoint.model_validate_json(body))  # noqa: E731
+                case _:
+                    reply = lambda: work.finish(Finish.model_validate_json(body))  # noqa: E731
+            self._answer(reply)
+
+        def log_message(self, *_: Any) -> None:
+            """Quiet."""
+
+        def _answer(self, reply: Any) -> None:
+            if self.headers["Authorization"] != f"Bearer {token}":
+                return self._send(401, {"title": "", "status": 401, "code": "unauthorised", "detail": ""})
+            try:
+                return self._send(200, reply())
+            except StaleAttempt:
+                return self._send(409, STALE.model_dump())
+
+        def _send(self, status: int, content: Any) -> None:
+            data = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+    return Handler
