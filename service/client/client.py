@@ -169,7 +169,7 @@ class Client:
 
     def read(self, ref: str, path: str) -> bytes:
         """One of the job's files, in memory."""
-        return self._get(f"{_path(ref)}/artifacts/{quote(path)}").content
+        return self._get(f"{_path(ref)}/artifacts/{quote(path)}", params={"redirect": "false"}).content
 
     def download(
         self, ref: str, prefix: str, folder: Path, *, on_progress: OnBytes | None = None

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import quote
 
-from service.client.errors import CorruptDownloadError
+from service.client.errors import ApiError, CorruptDownloadError
 from service.client.http import Transport
 from service.contracts.jobs import FileEntry
 
@@ -23,6 +23,7 @@ class Downloader:
         self._patience_s = patience_s
         self._on_progress = on_progress or (lambda _done, _all: None)
         self._done = self._all = 0
+        self._direct = True  # from the object store, where the service can hand out such addresses
 
     def fetch(self, files: Sequence[FileEntry], folder: Path, *, address: str) -> list[Path]:
         """Write `files` below `folder`; `address` is the path of the artifacts on the service."""
@@ -39,7 +40,18 @@ class Downloader:
         return paths
 
     def _patiently(self, address: str, entry: FileEntry, path: Path) -> None:
-        self._transport.patiently(lambda: self._one(address, entry, path), patience_s=self._patience_s)
+        self._transport.patiently(lambda: self._either_way(address, entry, path), patience_s=self._patience_s)
+
+    def _either_way(self, address: str, entry: FileEntry, path: Path) -> None:
+        if self._direct:
+            try:
+                self._one(address, entry, path)
+            except ApiError:
+                # The object store may be out of this machine's reach; the service itself is not.
+                self._direct = False
+            else:
+                return
+        self._one(f"{address}?redirect=false", entry, path)
 
     def _one(self, address: str, entry: FileEntry, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from service.contracts.problems import Problem
 T = TypeVar("T")
 
 TOO_MANY = 429
+CONFLICT = "conflict"  # two requests met; the service asks for a repetition
 CONNECT_TIMEOUT_S = 5.0
 OUTAGE_PATIENCE_S = 300.0  # a service that is being upgraded should not end a wait of days
 
@@ -129,7 +130,7 @@ class Transport:
     def _may_pass(self, error: ApiError) -> bool:
         if isinstance(error, UnreachableError):
             return not (self._refused_is_final and isinstance(error, RefusedError))
-        return error.status >= 500 or error.status == TOO_MANY
+        return error.status >= 500 or error.status == TOO_MANY or error.code == CONFLICT
 
     @contextmanager
     def _translated(self) -> Iterator[None]:
