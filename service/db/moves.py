@@ -29,7 +29,7 @@ def seen(job: JobRow) -> Seen:
     return Seen(job.id, job.state, job.version)
 
 
-def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mapping[str, Any]) -> JobRow:
+async def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mapping[str, Any]) -> JobRow:
     """Add a new job, queued, with its first event. `values` are the other columns."""
     row = JobRow(
         id=job_id,
@@ -45,7 +45,7 @@ def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mappin
         **values,
     )
     session.add(row)
-    session.add(EventRow(job_id=job_id, at=now, dst=JobState.QUEUED, actor="user", message="submitted"))
+    session.add(EventRow(job=row, at=now, dst=JobState.QUEUED, actor="user", message="submitted"))
     return row
 
 

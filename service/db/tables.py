@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any, ClassVar
 
 from sqlalchemy import ForeignKey, Index, MetaData, String, Text, UniqueConstraint
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeEngine
 
 from service.contracts.jobs import Desired, FailureKind, JobState
@@ -114,6 +114,9 @@ class EventRow(Base):
     dst: Mapped[JobState | None] = mapped_column(enum_column(JobState, name="dst"))
     actor: Mapped[str] = mapped_column(String(16))  # user | worker | dispatcher
     message: Mapped[str]
+
+    # Only so that a new job is inserted before its first event.
+    job: Mapped[JobRow] = relationship(lazy="raise")
 
 
 class MetricRow(Base):

@@ -9,18 +9,18 @@ from service.contracts.jobs import FINAL, EventView
 from service.db import queries
 from service.db.engine import Sessions, only_reads
 from service.db.tables import EventRow
-from service.jobs.references import find
 from service.jobs.views import to_event
 
 _ROWS_A_READ = 1000
 
 
-async def events(session: AsyncSession, ref: str) -> list[EventView]:
+async def events(sessions: Sessions, job_id: str) -> list[EventView]:
     """All of a job's events, oldest first."""
-    job = await find(session, ref)
     found: list[EventView] = []
-    while rows := await _after(session, job.id, found[-1].id if found else 0):
-        found += [to_event(row) for row in rows]
+    async with sessions.begin() as session:
+        await only_reads(session)
+        while rows := await _after(session, job_id, found[-1].id if found else 0):
+            found += [to_event(row) for row in rows]
     return found
 
 

@@ -1,0 +1,56 @@
+"""The composition of the API. Nothing here reads the environment or starts a server."""
+
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from service.api import docs, errors
+from service.api.deps import Clock, Services, utc_now
+from service.api.limits import Limits
+from service.api.routes import attempts, details, health, jobs
+from service.db.engine import Sessions
+from service.settings import Settings
+from service.store.base import ObjectStore
+
+_TAGS = [
+    {"name": "jobs", "description": "Submit, watch and end jobs."},
+    {"name": "details", "description": "What a job said and made."},
+    {"name": "workers", "description": "The workers' side; each call carries its attempt's token."},
+    {"name": "health", "description": "For load balancers and people."},
+]
+
+
+def create_app(
+    settings: Settings,
+    sessions: Sessions,
+    store: ObjectStore,
+    *,
+    clock: Clock = utc_now,
+    poll_s: float = 0.5,
+) -> FastAPI:
+    """The API on these services.
+
+    Args:
+        settings: As the entry point read them.
+        sessions: Of a database at the present schema; `/readyz` tells if it is not.
+        store: Where artifacts and logs lie.
+        clock: The present moment, aware.
+        poll_s: Seconds between two looks of a stream that follows a job.
+    """
+    app = FastAPI(
+        title="CIM service",
+        version=version("cim-service"),
+        description=docs.DESCRIPTION,
+        openapi_tags=_TAGS,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.services = Services(
+        settings=settings, sessions=sessions, store=store, clock=clock, poll_s=poll_s
+    )
+    for router in (jobs.router, details.router, attempts.router, health.router):
+        app.include_router(router)
+    errors.install(app)
+    docs.install(app)
+    app.add_middleware(Limits)
+    return app
