@@ -42,7 +42,6 @@ CUTS = {
     "before_the_last_step": [9],
 }
 Samples = list[tuple[int, ...]]
-SMALL_TOKENIZER = TokenizerConfig(image_size=16, stride=4, width=4, vocab_size=16, code_dim=4)
 
 
 def tokenizer_model(**changes: object) -> DiscreteVAE:
@@ -50,13 +49,13 @@ def tokenizer_model(**changes: object) -> DiscreteVAE:
     return DiscreteVAE(config, generator=generator_for(0, "init", "tokenizer"))
 
 
-def cim_model(enhancer: EnhancerConfig, objective: str) -> nn.Module:
+def cim_model(enhancer: EnhancerConfig, objective: str, *, patch_size: int) -> nn.Module:
     config = ModelConfig(
         tokenizer=TokenizerSource(source="tests give it"),
         enhancer=enhancer,
         objective=ObjectiveConfig(name=objective, window=4),  # type: ignore[arg-type]
-        image_size=32,
-        patch_size=8,
+        image_size=4 * patch_size,
+        patch_size=patch_size,
         generator=GeneratorConfig(depth=2, width=64, heads=2),
     )
     return build_cim(config, tokenizer_model())
@@ -69,17 +68,19 @@ VIT = EnhancerConfig(
 )
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "tiny": TinyNet,
-    "cim_vit_respix": lambda: cim_model(VIT, "respix"),
-    "cim_resnet_revdet": lambda: cim_model(EnhancerConfig(name="test_resnet"), "revdet"),
+    "cim_vit_respix": lambda: cim_model(VIT, "respix", patch_size=8),
+    "cim_resnet_revdet": lambda: cim_model(EnhancerConfig(name="test_resnet"), "revdet", patch_size=16),
     "tokenizer_vq": lambda: tokenizer_model(quantiser="vq"),
     "tokenizer_relaxed": lambda: tokenizer_model(quantiser="relaxed"),
 }
 REAL = sorted(set(MODELS) - {"tiny"})
 
 
-def views_of(name: str) -> ViewConfig:
-    """A picture for the tiny net and the tokenizer, two of them for CIM: a grid of 4 tokens of 4 pixels."""
-    return ViewConfig(image_size=32, token_size=16) if name.startswith("cim") else ViewConfig(image_size=16)
+VIEWS = {  # CIM: 4 x 4 patches, and as many tokens of 4 pixels
+    "cim_vit_respix": ViewConfig(image_size=32, token_size=16),
+    "cim_resnet_revdet": ViewConfig(image_size=64, token_size=16),
+}
+ONE_PICTURE = ViewConfig(image_size=16)
 
 
 def task_of(name: str, module: nn.Module) -> Task[Views]:
@@ -97,9 +98,9 @@ def train(name: str, images: Path, out: Path, *, cuts: Sequence[int] = (), ranks
         model = MODELS[name]()
         module: nn.Module = model
         if ranks > 1:
-            module = DistributedDataParallel(model, find_unused_parameters=True)
+            module = DistributedDataParallel(model, find_unused_parameters=name == "tiny")
         piece = run(
-            images, out, model=model, task=task_of(name, module), views=views_of(name), config=training(),
+            images, out, model=model, task=task_of(name, module), views=VIEWS.get(name, ONE_PICTURE), config=training(),
             resume=resume, stop_at=stop_at,
             no_sync=module.no_sync if isinstance(module, DistributedDataParallel) else None,
         )  # fmt: skip
