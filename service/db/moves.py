@@ -29,7 +29,7 @@ def seen(job: JobRow) -> Seen:
     return Seen(job.id, job.state, job.version)
 
 
-async def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mapping[str, Any]) -> JobRow:
+def enqueue(session: AsyncSession, *, job_id: str, now: datetime, values: Mapping[str, Any]) -> JobRow:
     """Add a new job, queued, with its first event. `values` are the other columns."""
     row = JobRow(
         id=job_id,
