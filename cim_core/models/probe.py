@@ -10,7 +10,7 @@ Shape letters in this file:
 
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,18 +71,18 @@ def plan_backbone(
     keeps the model's own. Raises ModelError with the reason where the model cannot serve.
     """
     name = known_name(name)
-    size_args = _size_args(name, image_size=image_size, patch_size=patch_size, options=dict(options or {}))
-    failures = []
-    for recipe, through_head in _RECIPES:
-        args = {"num_classes": 0, **(options or {}), **size_args, **recipe}
+    base = {"num_classes": 0, **(options or {})}
+    for sizes in _size_candidates(name, base, image_size=image_size, patch_size=patch_size):
         try:
-            plan = _try(name, args, image_size=image_size, through_head=through_head)
-        # What timm's 1,300 builders raise for arguments they do not know is not of one type.
+            return _first_that_works(name, {**base, **sizes}, image_size=image_size)
+        except _UnknownArgumentError as error:
+            refused = str(error)
+        # What timm's 1,300 builders raise for sizes that do not fit is not of one type.
         except Exception as error:
-            failures.append(str(error) or type(error).__name__)
-        else:
-            return plan
-    raise ModelError(f"enhancer.name: {name} cannot serve at {image_size} pixels: {_first_line(failures[0])}")
+            why = _first_line(str(error) or type(error).__name__)
+            raise ModelError(f"enhancer.name: {name} cannot serve at {image_size} pixels: {why}") from error
+    given = f" with enhancer.options {dict(options)}" if options else ""
+    raise ModelError(f"enhancer.name: timm cannot build {name}{given}: {_first_line(refused)}")
 
 
 def known_name(name: str) -> str:
@@ -124,30 +124,44 @@ def build_on_meta(name: str, args: Args) -> nn.Module:
     return model
 
 
-def _size_args(name: str, *, image_size: int, patch_size: int | None, options: dict[str, Any]) -> Args:
-    """Those of img_size and patch_size that the model takes; ModelError where it takes no such options."""
+class _UnknownArgumentError(Exception):
+    """Timm's builder has no such parameter."""
+
+
+class _IdleLayersError(Exception):
+    """Some layers of the network would never be trained."""
+
+
+def _size_candidates(
+    name: str, base: Args, *, image_size: int, patch_size: int | None
+) -> Iterator[dict[str, int]]:
+    """Size arguments to try, the most telling first: most networks take neither."""
+    if patch_size is not None and _takes_patch(name, base):
+        yield {"img_size": image_size, "patch_size": patch_size}
+    yield {"img_size": image_size}
+    yield {}
+
+
+def _takes_patch(name: str, base: Args) -> bool:
     try:
-        default = build_on_meta(name, {"num_classes": 0, **options})
-    except Exception as error:
-        given = f" with enhancer.options {options}" if options else ""
-        raise ModelError(
-            f"enhancer.name: timm cannot build {name}{given}: {_first_line(str(error))}"
-        ) from error
-    candidates: list[dict[str, int]] = [{"img_size": image_size}, {}]
-    if patch_size is not None and _patch_of(default) is not None:
-        candidates.insert(0, {"img_size": image_size, "patch_size": patch_size})
-    for args in candidates:
+        return _patch_of(build_on_meta(name, base)) is not None
+    except Exception:  # the reason is found again, and told, where sizes are tried
+        return False
+
+
+def _first_that_works(name: str, args: Args, *, image_size: int) -> BackbonePlan:
+    """The plan of the first recipe that leaves no layer idle; the first recipe's reason where none does."""
+    reasons: list[_IdleLayersError] = []
+    for recipe, through_head in _RECIPES:
         try:
-            build_on_meta(name, {"num_classes": 0, **options, **args})
-        except TypeError:
-            continue
-        except Exception as error:
-            given = " and ".join(f"{key} {value}" for key, value in args.items())
-            raise ModelError(
-                f"enhancer.name: {name} cannot be built for {given}: {_first_line(str(error))}"
-            ) from error
-        return args
-    raise AssertionError(f"{name} was built without size arguments a moment ago")
+            return _try(name, {**args, **recipe}, image_size=image_size, through_head=through_head)
+        except _IdleLayersError as error:
+            reasons.append(error)
+        except Exception:
+            # A model that lacks a recipe's parameter is no news; one that cannot be run at all is.
+            if not recipe:
+                raise
+    raise reasons[0]
 
 
 def _patch_of(model: nn.Module) -> int | None:
@@ -171,10 +185,15 @@ def _square(value: Any) -> int | None:
 
 def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> BackbonePlan:
     """Build, run and differentiate once; raise unless every parameter gets a gradient."""
-    model = build_on_meta(name, args).train()
+    try:
+        model = build_on_meta(name, args).train()
+    except TypeError as error:
+        raise _UnknownArgumentError(str(error)) from error
     for part in _CLASS_TOKEN_ONLY:
         if hasattr(model, part):
-            raise ModelError(f"its layers {part} serve the class token alone and would never be trained")
+            raise _IdleLayersError(
+                f"its layers {part} serve the class token alone: they would never be trained"
+            )
     images_B3SS = torch.empty(2, 3, image_size, image_size, device="meta")
     features = raw_features(model, images_B3SS, through_head=False)
     before = _describe(model, features)
@@ -187,7 +206,7 @@ def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> Backb
     idle = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if idle:
         shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
-        raise ModelError(f"its layers behind the features ({shown}) would never be trained")
+        raise _IdleLayersError(f"its layers behind the features ({shown}) would never be trained")
     patch = _patch_of(model)
     blocks = getattr(model, "blocks", ())
     is_vit = layout == "tokens" and patch is not None and side * patch == image_size
@@ -215,6 +234,8 @@ def _describe(model: nn.Module, features: Tensor) -> tuple[Layout, int, int, int
     shape = tuple(features.shape)
     if features.dim() == 3:
         num_prefix = getattr(model, "num_prefix_tokens", 0)
+        if shape[1] == 1:
+            raise ModelError("its features are one vector for the whole image, not a map")
         side = math.isqrt(shape[1] - num_prefix)
         if side * side != shape[1] - num_prefix:
             raise ModelError(f"its {shape[1]} tokens, {num_prefix} of them prefix tokens, form no square map")
