@@ -157,8 +157,9 @@ class Client:
         found: dict[tuple[int, str], MetricPoint] = {}
         while True:
             page = parse(list[MetricPoint], self._get(f"{_path(ref)}/metrics", params=query))
+            num_before = len(found)
             found |= {(point.step, point.key): point for point in page}
-            if len(page) < MOST_POINTS:
+            if len(page) < MOST_POINTS or len(found) == num_before:
                 return list(found.values())
             # The page may end within a step, so that step is asked for again.
             query["after_step"] = page[-1].step - 1

@@ -11,54 +11,19 @@ from service.client.errors import ApiError, RefusedError, StaleAttempt, Unreacha
 from service.client.http import Backoff
 from service.client.work import PATIENCE_S, WorkClient
 from service.contracts.jobs import FileEntry, MetricPoint, Progress
-from service.contracts.problems import Problem
 from service.contracts.work import Assignment, Checkpoint, Finish, Report, StoreAddress
+from tests.fakes.scripted import Answer, Clock, Server, problem
 
-Answer = httpx.Response | Exception
 ASSIGNMENT = Assignment(
     job_id="ab" * 8, attempt=2, spec={"kind": "x"}, inputs={}, store=StoreAddress(url="/objects")
 )
 GO_ON = httpx.Response(200, json={"directive": "continue"})
 
 
-class Clock:
-    """Time that passes only in `sleep`."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self.pauses: list[float] = []
-
-    def sleep(self, seconds: float) -> None:
-        self.pauses.append(seconds)
-        self.now += seconds
-
-
-def problem(status: int, code: str, *, detail: str = "why", **headers: str) -> httpx.Response:
-    body = Problem(title="t", status=status, code=code, detail=detail).model_dump(mode="json")
-    return httpx.Response(status, json=body, headers={"content-type": "application/problem+json", **headers})
-
-
-class Server:
-    """Gives its answers in turn, the last one for ever, and keeps the requests."""
-
-    def __init__(self, *answers: Answer) -> None:
-        self._answers = list(answers)
-        self.requests: list[httpx.Request] = []
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        self.requests.append(request)
-        answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def client_of(
-    server: Callable[[httpx.Request], httpx.Response], clock: Clock, *, jitter: float = 0.0
-) -> WorkClient:
-    backoff = Backoff(clock=lambda: clock.now, sleep=clock.sleep, jitter=lambda: jitter)
+def client_of(server: Server, clock: Clock) -> WorkClient:
     transport = httpx.MockTransport(server)
-    return WorkClient("http://service:1/", "ab" * 8, 2, "secret", backoff=backoff, transport=transport)
+    url = "http://service:1/"
+    return WorkClient(url, "ab" * 8, 2, "secret", backoff=clock.backoff(), transport=transport)
 
 
 @pytest.fixture
@@ -102,6 +67,7 @@ PASSING: list[Answer] = [
     httpx.Response(500, text="oops"),
     problem(503, "store_unavailable"),
     problem(429, "slow_down"),
+    problem(409, "conflict"),
 ]
 
 
