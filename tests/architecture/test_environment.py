@@ -10,7 +10,7 @@ from tests.architecture.tree import name_of, python_files
 # Each one starts a process or is the settings object itself.
 MAY_READ = {
     "service/settings.py": "the service's settings object",
-    "service/embedded.py": "hands the environment on to the processes it starts",
+    "service/__main__.py": "hands the environment on to the processes that `up` starts",
     "service/cli/main.py": "finds the service: CIM_URL",
     "workers/__main__.py": "takes the attempt's token",
     "workers/settings.py": "the worker's settings object",

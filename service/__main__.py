@@ -1,0 +1,143 @@
+"""`python -m service up|api|dispatcher|migrate`: the entry points, and the only reader of the environment.
+
+Each command imports what it needs by itself, so that `--help` and a wrong option answer at once.
+"""
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from service.dispatch.tracker import Tracker
+    from service.settings import Settings
+
+_LOG_BYTES = 10 * 2**20
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+# An outage of MLflow may cost the dispatcher seconds, not the minutes of MLflow's own defaults.
+_MLFLOW_CLIENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    given = _parser().parse_args(arguments)
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "up": _up,
+        "api": _api,
+        "dispatcher": _dispatcher,
+        "migrate": _migrate,
+    }
+    return commands[given.command](given)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m service", description="The control plane.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="everything on this machine: api, dispatcher, Ray, MLflow")
+    up.add_argument("--port", type=_port, help="of the api (8000); 0 for any free one")
+    up.add_argument("--mlflow-port", type=_port, help="of MLflow (5000); 0 for any free one")
+    up.add_argument("--data-dir", type=Path, default=Path(".cim"), help="where everything is kept (.cim)")
+    up.add_argument("--json", action="store_true", help="one line of JSON on stdout when ready")
+    commands.add_parser("api", help="the REST interface, from CIM_... settings")
+    commands.add_parser("dispatcher", help="the reconcile loop, from CIM_... settings")
+    commands.add_parser("migrate", help="bring the database to the present schema")
+    return parser
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"a port lies between 0 and 65535, got {port}")
+    return port
+
+
+def _up(given: argparse.Namespace) -> int:
+    from service.data_folder import FolderTakenError
+    from service.embedded import UpError, UpOptions, up
+    from service.serving import serve_both
+
+    async def serve(
+        settings: "Settings", bound: socket.socket, stop: asyncio.Event, on_ready: Callable[[], None]
+    ) -> None:
+        _log_to_file(settings.data_dir / "logs" / "service.log")
+        await serve_both(settings, bound, stop, open_tracker=_open_tracker, on_ready=on_ready)
+
+    options = UpOptions(
+        data_dir=given.data_dir, port=given.port, mlflow_port=given.mlflow_port, as_json=given.json
+    )
+    try:
+        asyncio.run(up(options, environ=os.environ, serve=serve))
+    except (UpError, FolderTakenError) as error:
+        print(f"cim up: {error}", file=sys.stderr)  # noqa: T201
+        return 1
+    return 0
+
+
+def _api(_: argparse.Namespace) -> int:
+    from service.serving import serve_api
+    from service.settings import from_environment
+
+    _log_to_stderr()
+    asyncio.run(serve_api(from_environment()))
+    return 0
+
+
+def _dispatcher(_: argparse.Namespace) -> int:
+    from service.serving import serve_dispatcher
+    from service.settings import from_environment
+
+    _log_to_stderr()
+    asyncio.run(serve_dispatcher(from_environment(), open_tracker=_open_tracker))
+    return 0
+
+
+def _migrate(_: argparse.Namespace) -> int:
+    from service.db.upgrade import upgrade
+    from service.settings import from_environment
+
+    _log_to_stderr()
+    upgrade(from_environment().database_url)
+    return 0
+
+
+def _open_tracker(settings: "Settings") -> "Tracker":
+    """MLflow, whose client takes its limits from the environment and seconds to load."""
+    for name, value in _MLFLOW_CLIENT.items():
+        os.environ.setdefault(name, value)
+    from service.dispatch.mlflow_tracker import MlflowTracker
+
+    assert settings.mlflow_url is not None, "asked for a tracker without an address"
+    return MlflowTracker(settings.mlflow_url, experiment=settings.mlflow_experiment)
+
+
+def _log_to_file(path: Path) -> None:
+    """Everything into a file that cannot grow without end; stderr belongs to the user."""
+    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3)
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[handler])
+    _quieten()
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT)
+    _quieten()
+
+
+def _quieten() -> None:
+    # One line a request, and the dispatcher asks Ray every second.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

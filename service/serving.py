@@ -1,0 +1,141 @@
+"""The compositions: api alone, dispatcher alone, or both in one process, until told to stop."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.app import create_app
+from service.db.engine import create_engine, create_sessions
+from service.db.upgrade import upgrade
+from service.dispatch.loop import OpenTracker, dispatch
+from service.settings import Settings
+from service.store.base import ObjectStore
+from service.store.open import open_store
+
+logger = logging.getLogger(__name__)
+
+_DRAIN_S = 2  # for requests under way, among them streams that would never end
+_END_S = 3.0
+
+
+class _Server(uvicorn.Server):
+    """Leaves signals to whoever runs it: there is more to stop than a server."""
+
+    def __init__(self, config: uvicorn.Config, *, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say so."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture nothing."""
+        yield
+
+
+async def serve_both(
+    settings: Settings,
+    bound: socket.socket,
+    stop: asyncio.Event,
+    *,
+    open_tracker: OpenTracker,
+    on_ready: Callable[[], None],
+) -> None:
+    """Migrate, then run api and dispatcher; `on_ready` is called once requests are answered."""
+    await asyncio.to_thread(upgrade, settings.database_url)
+    engine = create_engine(settings.database_url)
+    sessions, store = create_sessions(engine), open_settings_store(settings)
+    server = _server(create_app(settings, sessions, store), on_ready=on_ready)
+    dispatching = dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
+    try:
+        await _until_stopped([_serve(server, bound, stop), dispatching], stop)
+    finally:
+        await engine.dispose()
+
+
+async def serve_api(settings: Settings) -> None:
+    """The api on its host and port, until SIGINT or SIGTERM."""
+    engine = create_engine(settings.database_url)
+    app = create_app(settings, create_sessions(engine), open_settings_store(settings))
+    server = _server(app, on_ready=lambda: logger.info("listening on %s:%d", settings.host, settings.port))
+    stop = stop_on_signals()
+    bound = socket.create_server((settings.host, settings.port), backlog=2048)
+    try:
+        await _until_stopped([_serve(server, bound, stop)], stop)
+    finally:
+        bound.close()
+        await engine.dispose()
+
+
+async def serve_dispatcher(settings: Settings, *, open_tracker: OpenTracker) -> None:
+    """The dispatcher, until SIGINT or SIGTERM."""
+    engine = create_engine(settings.database_url)
+    store, stop = open_settings_store(settings), stop_on_signals()
+    work = dispatch(settings, create_sessions(engine), store, open_tracker=open_tracker, stop=stop)
+    try:
+        await _until_stopped([work], stop)
+    finally:
+        await engine.dispose()
+
+
+def open_settings_store(settings: Settings) -> ObjectStore:
+    """The object store of these settings."""
+    return open_store(settings.store_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region)
+
+
+def stop_on_signals() -> asyncio.Event:
+    """An event that SIGINT and SIGTERM set."""
+    stop = asyncio.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    return stop
+
+
+def _server(app: FastAPI, *, on_ready: Callable[[], None]) -> _Server:
+    # Logging is the entry point's affair, and stdout belongs to its one line of JSON.
+    config = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=_DRAIN_S)
+    return _Server(config, on_ready=on_ready)
+
+
+async def _serve(server: _Server, bound: socket.socket, stop: asyncio.Event) -> None:
+    serving = asyncio.create_task(server.serve(sockets=[bound]))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    server.should_exit = True
+    await serving
+    if not stop.is_set():
+        raise RuntimeError("the api ended by itself; its log says why")
+
+
+async def _until_stopped(works: list[Coroutine[Any, Any, None]], stop: asyncio.Event) -> None:
+    """Run everything until `stop` is set or something fails; what does not end soon is cut off."""
+    tasks = [asyncio.create_task(work) for work in works]
+    stopping = asyncio.create_task(stop.wait())
+    failed = asyncio.ensure_future(_first_failure(tasks))
+    await asyncio.wait({stopping, failed}, return_when=asyncio.FIRST_COMPLETED)
+    stop.set()
+    _, late = await asyncio.wait(tasks, timeout=_END_S)
+    for task in late:
+        task.cancel()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    stopping.cancel()
+    failed.cancel()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+
+
+async def _first_failure(tasks: list[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
