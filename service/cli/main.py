@@ -62,7 +62,9 @@ Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the jo
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def up(
     ctx: typer.Context,
-    port: Annotated[int | None, typer.Option(help="Of the API; 0: any free one.", show_default="8000")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Of the API; 0: any free one.", show_default="8000")
+    ] = None,
     mlflow_port: Annotated[
         int | None, typer.Option(help="Of the MLflow UI; 0: any free one.", show_default="5000")
     ] = None,

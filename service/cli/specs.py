@@ -19,6 +19,7 @@ STDIN = "-"
 FOLDERS = ("data.uri", "data.train", "data.val", "probe.train", "probe.val")
 ARTIFACTS = ("model.tokenizer.source", "encoder")  # these may also be words such as `dall-e` or `random`
 ELSEWHERE = re.compile(r"^(job:|[A-Za-z][A-Za-z0-9+.-]*://)")
+MERGE = "tag:yaml.org,2002:merge"
 FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
@@ -38,12 +39,13 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         """A mapping whose keys are all different."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, key in enumerate(keys):
-            if key in keys[:index]:
-                raise yaml.MarkedYAMLError(
-                    problem=f"the key {key!r} comes twice", problem_mark=node.value[index][0].start_mark
-                )
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.tag != MERGE]
+        known: set[tuple[str, str]] = set()
+        for key in keys:
+            if (key.tag, key.value) in known:
+                problem = f"the key {key.value!r} comes twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            known.add((key.tag, key.value))
         return super().construct_mapping(node, deep=deep)
 
 
