@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 from pydantic import TypeAdapter
 
@@ -25,8 +26,13 @@ class Attempt:
 
     @classmethod
     def of(cls, settings: WorkerSettings, assignment: Assignment) -> "Attempt":
-        """The attempt of an assignment, its resolved spec parsed."""
-        return cls(settings=settings, assignment=assignment, spec=_SPECS.validate_python(assignment.spec))
+        """The attempt of an assignment, its resolved spec parsed.
+
+        The service keeps more beside the spec, such as an earlier attempt's plan; that is left out.
+        """
+        known = {name for kind in get_args(AnySpec) for name in kind.model_fields}
+        spec = {key: value for key, value in assignment.spec.items() if key in known}
+        return cls(settings=settings, assignment=assignment, spec=_SPECS.validate_python(spec))
 
     @property
     def cache(self) -> Path:

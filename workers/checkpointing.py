@@ -16,6 +16,7 @@ from service.contracts.jobs import FileEntry
 from service.contracts.work import Checkpoint
 from service.store.base import CorruptObjectError, StoreError, check_file
 from workers.cache import locked
+from workers.reporting import insistently
 from workers.storage import JobStore
 
 log = logging.getLogger(__name__)
@@ -53,8 +54,8 @@ class CheckpointWriter:
             files = self._store.put_folder(prefix, Path(folder))
         manifest = {"step": step, "files": [entry.model_dump() for entry in files]}
         last = self._store.put_bytes(f"{prefix}/manifest.json", json.dumps(manifest, indent=1).encode())
-        checkpoint = Checkpoint(step=step, prefix=f"{prefix}/", files=[*files, last])
-        self._service.commit_checkpoint(checkpoint)
+        checkpoint = Checkpoint(step=step, prefix=prefix, files=[*files, last])
+        insistently(lambda: self._service.commit_checkpoint(checkpoint))
         log.info("checkpoint committed at step %d", step)
         self._written = [kept for kept in self._written if kept.step != step] + [checkpoint]
         self._prune()
@@ -79,7 +80,7 @@ def fetch(checkpoint: Checkpoint, store: JobStore, folder: Path) -> Path:
     target = folder / f"checkpoint-{checkpoint.step}"
     with locked(target):
         for entry in checkpoint.files:
-            name = entry.path.removeprefix(checkpoint.prefix)
+            name = entry.path.removeprefix(f"{checkpoint.prefix}/")
             _fetch_one(entry, store, target / name)
     return target
 

@@ -17,9 +17,9 @@ from service.contracts.jobs import Progress
 from service.contracts.work import Finish
 from workers.attempt import Attempt, Outcome, Work
 from workers.data import prepare
-from workers.failures import EXIT_CODES, ExitCode, classify, is_stale
+from workers.failures import EXIT_CODES, ExitCode, classify, is_stale, last_step
 from workers.logs import LogShipper, attach, detach
-from workers.reporting import Reporter
+from workers.reporting import Reporter, insistently
 from workers.settings import UsageError, WorkerSettings, apply_train_environment
 from workers.storage import JobStore, ray_storage
 from workers.train_loop import train_loop
@@ -60,7 +60,7 @@ def run(settings: WorkerSettings) -> ExitCode:
             finish = _finish_of(desk)
         if finish is None:
             return ExitCode.STALE
-        service.finish(finish)
+        insistently(lambda: service.finish(finish))
     except StaleAttempt:
         log.warning("a newer attempt owns this job, or it is final: nothing more is written")
         return ExitCode.STALE
@@ -106,7 +106,8 @@ def _finish_of(desk: Desk) -> Finish | None:
             return None
         log.exception("the attempt failed")
         failure = classify(error, store_url=desk.store.url)
-        return Finish(outcome="failed", step=desk.attempt.resume_step, failure=failure)
+        step = last_step(error, default=desk.attempt.resume_step)
+        return Finish(outcome="failed", step=step, failure=failure)
     log.info("%s at step %d", "stopped" if outcome.stopped else "succeeded", outcome.step)
     return Finish(
         outcome="stopped" if outcome.stopped else "succeeded",

@@ -57,22 +57,27 @@ class ServiceAwayError(Exception):
 
 
 class AttemptFailedError(Exception):
-    """A rank failed and has said why; carries text alone, so that it survives pickling."""
+    """A rank failed and has said why; carries plain values alone, so that it survives pickling."""
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(kind, message)
-        self.kind, self.message = FailureKind(kind), message
+    def __init__(self, kind: str, message: str, step: int) -> None:
+        super().__init__(kind, message, step)
+        self.kind, self.message, self.step = FailureKind(kind), message, step
 
     def __str__(self) -> str:
         return self.message
 
 
-def portable(error: BaseException, *, store_url: str) -> Exception:
-    """`error` as an exception that can travel from a rank to the driver."""
+def portable(error: BaseException, *, store_url: str, step: int) -> Exception:
+    """`error`, which happened after `step` steps, as an exception that can travel to the driver."""
     if is_stale(error):
         return AttemptStaleError(str(error))
     failure = classify(error, store_url=store_url)
-    return AttemptFailedError(failure.kind.value, failure.message)
+    return AttemptFailedError(failure.kind.value, failure.message, step)
+
+
+def last_step(error: BaseException, *, default: int) -> int:
+    """How far the ranks say they came; `default` when none could say."""
+    return max([default, *(cause.step for cause in causes(error) if isinstance(cause, AttemptFailedError))])
 
 
 def is_stale(error: BaseException) -> bool:

@@ -97,7 +97,7 @@ def rank_of(work: Work) -> Iterator[Rank]:
             shipper.abandon()
         else:
             log.exception("rank %d failed", number)
-        raise portable(error, store_url=store.url) from None
+        raise portable(error, store_url=store.url, step=reporter.step) from None
     finally:
         reporter.close()
         detach(shipper)

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 MAX_POINTS = 100_000  # waiting for the service; older ones are given up first
 POINTS_A_REPORT = 1_000
 MAX_PAUSE_S = 30.0
+CONFLICT = "conflict"  # the service's code for a row that moved; it says that repeating is safe
 
 
 class Reports(Protocol):
@@ -102,6 +103,16 @@ class Reporter:
             self._plan = plan
 
     @property
+    def looks_alive(self) -> bool:
+        """Whether the training has shown itself lately; without that nothing is posted."""
+        return self._clock() - self._last_life <= self._quiet_after_s
+
+    @property
+    def step(self) -> int:
+        """The step of the latest progress."""
+        return self._progress.step
+
+    @property
     def stop_requested(self) -> bool:
         """Whether the service asked for a checkpoint and an end."""
         return self._stop.is_set()
@@ -167,7 +178,7 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._ending.wait(self._pause_s()):
-            if self._clock() - self._last_life > self._quiet_after_s:
+            if not self.looks_alive:
                 continue
             try:
                 self.post()
@@ -217,4 +228,17 @@ class Reporter:
 
 def _is_refusal(error: ApiError) -> bool:
     """Whether the service will never take this report: sending it again would block all others."""
-    return error.status in (400, 409, 413, 422)
+    return error.status in (400, 409, 413, 422) and error.code != CONFLICT
+
+
+def insistently(action: Callable[[], None], *, tries: int = 10, pause_s: float = 0.5) -> None:
+    """Do `action`, again when the service says that something else changed the job meanwhile."""
+    for left in reversed(range(tries)):
+        try:
+            action()
+        except ApiError as error:
+            if error.code != CONFLICT or not left:
+                raise
+            time.sleep(pause_s)
+        else:
+            return

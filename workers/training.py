@@ -130,7 +130,7 @@ def _wrapped(model: nn.Module, rank: Rank) -> nn.Module:
     """`model` with gradients averaged over the ranks; its buffers are rank 0's at each step."""
     if rank.world_size == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=True, find_unused_parameters=False)
+    return DistributedDataParallel(model)
 
 
 def _loader(rank: Rank, dataset: ImageDataset) -> ImageLoader:

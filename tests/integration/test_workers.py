@@ -212,7 +212,7 @@ def test_killed_worker__is_infrastructure_and_the_next_attempt_resumes_from_the_
     assert finish.outcome == "stopped"
     assert again.checkpoints[-1].step == finish.step
     assert finish.step < 400
-    assert bench.file(f"{again.checkpoints[-1].prefix}manifest.json").exists()
+    assert bench.file(f"{again.checkpoints[-1].prefix}/manifest.json").exists()
 
 
 def rank_processes() -> list[int]:

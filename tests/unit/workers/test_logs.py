@@ -1,0 +1,115 @@
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from service.contracts.jobs import LogLine
+from workers.logs import LogShipper, attach, detach
+
+
+class Shelf:
+    """An object store of bytes that may be away."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.away = False
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        if self.away:
+            raise OSError("away")
+        self.objects[key] = data
+
+    def lines(self) -> list[LogLine]:
+        text = b"".join(self.objects[key] for key in sorted(self.objects)).decode()
+        return [LogLine.model_validate(json.loads(line)) for line in text.splitlines()]
+
+    def messages(self) -> list[str]:
+        return [line.message for line in self.lines()]
+
+
+@pytest.fixture
+def shelf() -> Shelf:
+    return Shelf()
+
+
+@pytest.fixture
+def shipper(shelf: Shelf) -> Iterator[LogShipper]:
+    made = LogShipper(
+        shelf, "logs/attempt-2", attempt=2, source="rank-0", secrets=["s3cret"], lines_per_minute=5
+    )
+    attach(made)
+    yield made
+    detach(made)
+
+
+log = logging.getLogger("workers.test")
+
+
+def test_ship__chunks_are_numbered_and_hold_what_was_new(shipper: LogShipper, shelf: Shelf) -> None:
+    log.info("one")
+    shipper.ship()
+    shipper.ship()
+    log.warning("two")
+    shipper.ship()
+    assert sorted(shelf.objects) == [
+        "logs/attempt-2/rank-0-000000.jsonl",
+        "logs/attempt-2/rank-0-000001.jsonl",
+    ]
+    assert [(line.message, line.level, line.attempt) for line in shelf.lines()] == [
+        ("one", "info", 2),
+        ("two", "warning", 2),
+    ]
+
+
+def test_emit__secrets_and_tracebacks(shipper: LogShipper, shelf: Shelf) -> None:
+    try:
+        raise RuntimeError("the token is s3cret")
+    except RuntimeError:
+        log.exception("failed with s3cret")
+    shipper.ship()
+    (message,) = shelf.messages()
+    assert "s3cret" not in message
+    assert "RuntimeError: the token is ***" in message
+
+
+def test_emit__others_are_heard_from_warning_on(shipper: LogShipper, shelf: Shelf) -> None:
+    other = logging.getLogger("botocore.test")
+    other.setLevel(logging.DEBUG)
+    other.info("chatter")
+    other.warning("grave")
+    shipper.ship()
+    assert shelf.messages() == ["grave"]
+
+
+def test_emit__a_flood_is_cut_and_counted(shipper: LogShipper, shelf: Shelf) -> None:
+    for number in range(12):
+        log.info("%d", number)
+    shipper.ship()
+    assert shelf.messages()[:5] == ["0", "1", "2", "3", "4"]
+    assert "7 log lines were dropped" in shelf.messages()[5]
+
+
+def test_ship__lines_wait_while_the_store_is_away(shipper: LogShipper, shelf: Shelf) -> None:
+    shelf.away = True
+    log.info("one")
+    assert not shipper.ship()
+    log.info("two")
+    shelf.away = False
+    assert shipper.ship()
+    assert shelf.messages() == ["one", "two"]
+
+
+def test_close__ships_the_rest_once(shipper: LogShipper, shelf: Shelf) -> None:
+    log.info("last words")
+    shipper.close(tries=1)
+    shipper.close(tries=1)
+    assert shelf.messages() == ["last words"]
+
+
+def test_abandon__nothing_is_written_any_more(shipper: LogShipper, shelf: Shelf) -> None:
+    log.info("one")
+    shipper.abandon()
+    log.info("two")
+    shipper.close(tries=1)
+    assert shelf.objects == {}
