@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file, save_file
+from torch.multiprocessing.spawn import spawn
 
 from cim_core.engine import dist
 
@@ -30,7 +30,7 @@ def test_one_process__every_collective_is_the_identity() -> None:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
     """What each of two ranks got from every collective."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank_process, args=(str(folder),), nprocs=2)
+    spawn(_rank_process, args=(str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 

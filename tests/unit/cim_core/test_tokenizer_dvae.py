@@ -84,7 +84,7 @@ def test_encode__maps_the_pixels_itself() -> None:
 def test_decode__sigmoid_then_unmapped_then_clamped() -> None:
     model, ids = build(), torch.arange(16).view(1, 4, 4)
     with torch.no_grad():
-        model.decoder.blocks.output.conv.weight.mul_(20)  # type: ignore[union-attr, operator]
+        model.decoder.get_parameter("blocks.output.conv.weight").mul_(20)
         logits = model.decoder(model.quantiser.lookup(ids))
     expected = ((torch.sigmoid(logits) - 0.1) / 0.8).clamp(0, 1)
     assert torch.equal(model.decode(ids), expected)
@@ -116,7 +116,7 @@ def test_loss__is_the_gaussian_likelihood_at_its_best_variance() -> None:
     assert metrics["psnr"].item() == pytest.approx(-10 * error.log10().item(), rel=1e-4)
     expected = metrics["reconstruction"] + 0.25 * metrics["commitment"]
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    bias = model.decoder.blocks.output.conv.bias  # type: ignore[union-attr]
+    bias = model.decoder.get_parameter("blocks.output.conv.bias")
     (seen,) = torch.autograd.grad(output.loss, bias)
     (wanted,) = torch.autograd.grad(error.log() / 2, bias)
     torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-6)

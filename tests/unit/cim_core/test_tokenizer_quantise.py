@@ -183,6 +183,7 @@ def test_relaxed__kl_written_out() -> None:
 
 def test_relaxed__lookup_is_the_convolution_of_one_hot_maps() -> None:
     quantiser = relaxed()
+    assert quantiser.embedding.bias is not None
     torch.nn.init.normal_(quantiser.embedding.bias, generator=generator(3))
     ids = torch.randint(6, (2, 3, 3), generator=generator())
     one_hot = torch.nn.functional.one_hot(ids, 6).permute(0, 3, 1, 2).float()

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
-import torch.multiprocessing
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from cim_core.config import TokenizerConfig
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow  # two processes that import torch
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(_rank_process, args=(str(folder),), nprocs=2)
+    spawn(_rank_process, args=(str(folder),), nprocs=2)  # type: ignore[no-untyped-call]
     return [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
 
 

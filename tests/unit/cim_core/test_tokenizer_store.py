@@ -28,9 +28,9 @@ def saved(folder: Path, config: TokenizerConfig = TINY) -> DiscreteVAE:
     return model
 
 
-@pytest.mark.parametrize("quantiser", ["vq", "relaxed"])
-def test_round_trip__same_tokens_and_pictures(tmp_path: Path, quantiser: str) -> None:
-    model = saved(tmp_path / "new" / "tokenizer", replace(TINY, quantiser=quantiser))
+@pytest.mark.parametrize("config", [TINY, replace(TINY, quantiser="relaxed")], ids=["vq", "relaxed"])
+def test_round_trip__same_tokens_and_pictures(tmp_path: Path, config: TokenizerConfig) -> None:
+    model = saved(tmp_path / "new" / "tokenizer", config)
     assert sorted(p.name for p in (tmp_path / "new" / "tokenizer").iterdir()) == [
         "config.json",
         "model.safetensors",
@@ -40,7 +40,7 @@ def test_round_trip__same_tokens_and_pictures(tmp_path: Path, quantiser: str) ->
     images = cells.repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     ids = loaded.encode(images)
     assert torch.equal(ids, model.encode(images))
-    assert len(ids.unique()) > 1
+    assert ids.min() < ids.max()
     assert torch.equal(loaded.decode(ids), model.decode(ids))
 
 
