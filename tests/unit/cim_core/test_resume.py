@@ -100,8 +100,8 @@ def train(name: str, images: Path, out: Path, *, cuts: Sequence[int] = (), ranks
         if ranks > 1:
             module = DistributedDataParallel(model, find_unused_parameters=name == "tiny")
         piece = run(
-            images, out, model=model, task=task_of(name, module), views=VIEWS.get(name, ONE_PICTURE), config=training(),
-            resume=resume, stop_at=stop_at,
+            images, out, model=model, task=task_of(name, module), config=training(),
+            views=VIEWS.get(name, ONE_PICTURE), resume=resume, stop_at=stop_at,
             no_sync=module.no_sync if isinstance(module, DistributedDataParallel) else None,
         )  # fmt: skip
         assert piece.result.step == (stop_at or TOTAL)
