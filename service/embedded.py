@@ -36,7 +36,7 @@ Result = TypeVar("Result")
 Serve = Callable[[Settings, socket.socket, asyncio.Event, Callable[[], None]], Coroutine[Any, Any, None]]
 
 DEFAULT_PORT, DEFAULT_MLFLOW_PORT = 8000, 5000
-_START_LIMIT_S = 180.0  # 10 to 20 s on two idle cores
+_START_LIMIT_S = 300.0  # 10 to 20 s on two idle cores, minutes on busy ones
 _POLL_S = 0.25
 _END_GRACE_S = 4.0
 _RESTART_PAUSE_S = 5.0

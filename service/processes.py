@@ -7,6 +7,7 @@ alone, and is written down as (pid, creation time): a recycled pid is never take
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import Self
 
 import psutil
 
+_ASKED_S = 1.5  # for what a root left running
 _SAME_START_S = 0.05  # psutil reads the creation time in clock ticks of 10 ms
 
 
@@ -108,27 +110,25 @@ async def end(children: Iterable[Child], *, grace_s: float) -> int:
     """End `children` and all their descendants; returns how many had to be killed.
 
     The whole tree is listed before the first signal, because a process whose parent has died can
-    no longer be found through it. The roots are asked first and end their own children in order;
-    whatever stays after `grace_s` seconds is killed, and so is what it started meanwhile.
+    no longer be found through it. The roots have `grace_s` seconds to end their own children in
+    order; what they leave is asked, then killed, and so is what was started meanwhile.
     """
     children = list(children)
     roots = [process for child in children if (process := child.process()) is not None]
     orphans = [process for child in children for process in child.orphans()]
     family = _with_descendants([*roots, *orphans])
-    for root in [*roots, *orphans]:
-        with suppress(psutil.NoSuchProcess):
-            root.terminate()
-    left = await _wait(family, grace_s=grace_s)
+    _signal(roots, signal.SIGTERM)
+    await _wait(roots, grace_s=grace_s)
+    left = await _wait(family, grace_s=0.2)
+    _signal(left, signal.SIGTERM)
+    left = await _wait(left, grace_s=_ASKED_S)
     num_killed = 0
     # A second round finds what was started between the listing and the kill.
     for _ in range(3):
-        left = _with_descendants([process for process in left if process.is_running()])
+        left = [process for process in _with_descendants(left) if not _is_zombie(process)]
         if not left:
             break
-        for process in left:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-                num_killed += 1
+        num_killed += _signal(left, signal.SIGKILL)
         left = await _wait(left, grace_s=2.0)
     return num_killed
 
@@ -140,6 +140,17 @@ def replace_file(path: Path, content: str) -> None:
     with os.fdopen(descriptor, "w") as file:
         file.write(content)
     draft.replace(path)
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> int:
+    """Send a signal; returns how many processes were there to get it."""
+    reached = 0
+    for process in processes:
+        # psutil compares the creation time first, so a recycled pid is spared.
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+            reached += 1
+    return reached
 
 
 def _in_session(pid: int, leader: int) -> bool:

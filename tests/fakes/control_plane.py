@@ -74,7 +74,7 @@ class ControlPlane:
             **changes,
         }
         async with self.sessions.begin() as session:
-            await moves.enqueue(session, job_id=job_id, now=self.now, values=values)
+            moves.enqueue(session, job_id=job_id, now=self.now, values=values)
         self.advance(0.001)  # ages differ
         return job_id
 

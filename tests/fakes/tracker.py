@@ -25,6 +25,11 @@ class FakeRun:
     outcome: Outcome | None = None
     description: str = ""
 
+    @property
+    def closed(self) -> bool:
+        """Whether it has an outcome."""
+        return self.outcome is not None
+
 
 class FakeTracker:
     """Remembers everything; `away` makes it fail, `deleted` runs are refused."""

@@ -1,0 +1,102 @@
+"""What every tracker must do: run against the fake in the unit tier and against MLflow in integration."""
+
+import io
+import secrets
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+import pytest
+from PIL import Image
+
+from service.dispatch.tracker import MAX_BATCH, NewRun, Outcome, Picture, Point, Tracker, TrackerRefusedError
+
+AT = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+
+
+class Record(Protocol):
+    """Looks at a run as a person would, by another way than the tracker's own."""
+
+    def points(self, run_id: str) -> Mapping[tuple[str, int], list[float]]:
+        """All values of each curve and step."""
+        ...
+
+    def pictures(self, run_id: str) -> list[tuple[str, int]]:
+        """Series and step of every picture."""
+        ...
+
+    def status(self, run_id: str) -> tuple[str, str]:
+        """Status and description."""
+        ...
+
+    def delete(self, run_id: str) -> None:
+        """What a user may do at any time."""
+        ...
+
+
+def new_run(**changes: object) -> NewRun:
+    """A run under a new job id."""
+    params = {f"model.key{n}": str(n) for n in range(150)}
+    return NewRun(
+        job_id=secrets.token_hex(8),
+        name="street",
+        started_at=AT,
+        description="**first**",
+        tags={"cim.kind": "pretrain"},
+        params=params,
+    )
+
+
+def point(step: int, value: float) -> Point:
+    """One point of the loss, with its own moment."""
+    return Point(key="respix/loss", step=step, value=value, at=AT + timedelta(seconds=step))
+
+
+def png(colour: str) -> bytes:
+    """A small picture."""
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+class TrackerContract:
+    """Inherit, and give the fixtures `tracker` and `record`."""
+
+    async def test_ensure_run__twice_gives_one_run(self, tracker: Tracker, record: Record) -> None:
+        run = new_run()
+        run_id = await tracker.ensure_run(run)
+        assert await tracker.ensure_run(run) == run_id
+        assert await tracker.ensure_run(new_run()) != run_id
+        assert record.status(run_id) == ("RUNNING", "**first**")
+
+    async def test_points__all_arrive_once_also_when_sent_twice(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run_id = await tracker.ensure_run(new_run())
+        points = [point(step, step / 8) for step in range(MAX_BATCH)]
+        await tracker.log_points(run_id, points)
+        await tracker.log_points(run_id, points[-10:])
+        expected = {("respix/loss", step): [step / 8] for step in range(MAX_BATCH)}
+        assert dict(record.points(run_id)) == expected
+
+    async def test_picture__is_there_once_a_step(self, tracker: Tracker, record: Record) -> None:
+        run_id = await tracker.ensure_run(new_run())
+        for step, colour in ((10, "red"), (10, "red"), (100, "blue")):
+            picture = Picture(series="samples", step=step, png=png(colour), at=AT)
+            await tracker.log_picture(run_id, picture)
+        assert record.pictures(run_id) == [("samples", 10), ("samples", 100)]
+
+    @pytest.mark.parametrize("outcome", list(Outcome))
+    async def test_close__sets_the_status_and_may_be_repeated(
+        self, tracker: Tracker, record: Record, outcome: Outcome
+    ) -> None:
+        run_id = await tracker.ensure_run(new_run())
+        for _ in range(2):
+            await tracker.close(run_id, outcome, ended_at=AT, description="**last**")
+        assert record.status(run_id) == (outcome, "**last**")
+
+    async def test_deleted_run__is_refused_for_ever(self, tracker: Tracker, record: Record) -> None:
+        run_id = await tracker.ensure_run(new_run())
+        record.delete(run_id)
+        with pytest.raises(TrackerRefusedError):
+            await tracker.log_points(run_id, [point(1, 1.0)])

@@ -1,0 +1,205 @@
+"""From the database to a tracker that comes and goes."""
+
+from collections.abc import AsyncIterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from sqlalchemy import event
+
+from service.contracts.jobs import JobState as S
+from service.contracts.jobs import MetricPoint
+from service.dispatch.forwarder import Forwarder, describe, flatten
+from service.dispatch.tracker import Outcome
+from tests.fakes.control_plane import ControlPlane, control_plane
+from tests.fakes.launcher import FakeLauncher
+from tests.fakes.launcher_contract import LauncherContract
+from tests.fakes.tracker import FakeTracker
+from tests.fakes.tracker_contract import TrackerContract, png
+
+URL = "http://api:8000"
+
+
+@pytest.fixture
+async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
+    async with control_plane(tmp_path) as made:
+        yield made
+
+
+class TestFakeTracker(TrackerContract):
+    @pytest.fixture
+    def tracker(self) -> FakeTracker:
+        return FakeTracker()
+
+    @pytest.fixture
+    def record(self, tracker: FakeTracker) -> "FakeRecord":
+        return FakeRecord(tracker)
+
+
+class TestFakeLauncher(LauncherContract):
+    @pytest.fixture
+    def launcher(self) -> FakeLauncher:
+        return FakeLauncher()
+
+
+class FakeRecord:
+    def __init__(self, tracker: FakeTracker) -> None:
+        self._tracker = tracker
+
+    def points(self, run_id: str) -> Mapping[tuple[str, int], list[float]]:
+        return {place: [value] for place, value in self._tracker.runs[run_id].points.items()}
+
+    def pictures(self, run_id: str) -> list[tuple[str, int]]:
+        return sorted(self._tracker.runs[run_id].pictures)
+
+    def status(self, run_id: str) -> tuple[str, str]:
+        run = self._tracker.runs[run_id]
+        return str(run.outcome or "RUNNING"), run.description
+
+    def delete(self, run_id: str) -> None:
+        self._tracker.deleted.add(run_id)
+
+
+def forwarder(plane: ControlPlane, tracker: FakeTracker) -> Forwarder:
+    return Forwarder(plane.sessions, tracker, plane.store, public_url=URL)
+
+
+def points(*steps: int) -> list[MetricPoint]:
+    return [MetricPoint(key="loss", step=step, value=step / 8) for step in steps]
+
+
+async def launched(plane: ControlPlane, name: str = "street", *, kind: str = "pretrain") -> str:
+    job_id = await plane.submit(name, kind=kind)
+    await plane.reconciler().run_once()
+    return job_id
+
+
+async def test_queued_job__has_no_run_yet(plane: ControlPlane) -> None:
+    tracker = FakeTracker()
+    await plane.submit()
+    await forwarder(plane, tracker).run_once()
+    assert tracker.runs == {}
+
+
+async def test_launched_job__gets_one_described_run(plane: ControlPlane) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    for _ in range(2):
+        await forwarder(plane, tracker).run_once()
+    ((run_id, run),) = tracker.runs.items()
+    assert (await plane.job(job_id)).mlflow_run_id == run_id
+    assert run.new.name == "street"
+    assert run.new.params["resources.cpus_per_worker"] == "1"
+    assert run.new.tags["cim.kind"] == "pretrain"
+    assert f"{URL}/v1/jobs/{job_id}" in run.description
+
+
+async def test_points_and_pictures__arrive_then_the_run_is_closed(plane: ControlPlane) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    sample = plane.put(job_id, "samples/step-2.png", png("red"))
+    other = plane.put(job_id, "encoder/config.json", b"{}")
+    await plane.report(job_id, 1, *points(1, 2), files=(sample, other))
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    (run,) = tracker.runs.values()
+    assert run.points == {("loss", 1): 1 / 8, ("loss", 2): 2 / 8}
+    assert run.pictures == {("samples", 2): png("red")}
+    assert not run.closed
+    await plane.finish(job_id, 1, step=3, metrics={"loss": 3 / 8})
+    await sender.run_once()
+    assert run.closed
+    assert run.points["loss", 3] == 3 / 8
+    assert run.outcome is Outcome.FINISHED
+    assert "timm.create_model" in run.description
+    assert (await plane.job(job_id)).mlflow_closed
+
+
+async def test_batches__hold_a_thousand_points_at_most(plane: ControlPlane) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    await plane.report(job_id, 1, *points(*range(2500)))
+    await forwarder(plane, tracker).run_once()
+    assert tracker.batches == [1000, 1000, 500]
+
+
+async def test_outage__loses_nothing_and_holds_up_no_launch(plane: ControlPlane) -> None:
+    tracker = FakeTracker()
+    tracker.away = True
+    job_id = await launched(plane)
+    sender = forwarder(plane, tracker)
+    for step in range(5):
+        sample = plane.put(job_id, f"samples/step-{step}.png", png("red"))
+        await plane.report(job_id, 1, *points(step), files=(sample,))
+        await sender.run_once()
+    second = await launched(plane)
+    await plane.finish(job_id, 1, outcome="failed", step=5, failure={"kind": "user", "message": "no"})
+    await sender.run_once()
+    assert (await plane.job(second)).state is S.LAUNCHING
+    assert tracker.runs == {}
+    tracker.away = False
+    await sender.run_once()
+    run = tracker.runs[f"run-{job_id}"]
+    assert sorted(step for _, step in run.points) == [0, 1, 2, 3, 4]
+    assert sorted(run.pictures) == [("samples", step) for step in range(5)]
+    assert run.outcome is Outcome.FAILED
+
+
+@pytest.mark.parametrize("moment", range(5))
+async def test_lost_reply__at_any_moment_doubles_nothing(plane: ControlPlane, moment: int) -> None:
+    """Each pass of the fake does four calls; the reply of one is lost, and a new dispatcher goes on."""
+    job_id, tracker = await launched(plane), FakeTracker()
+    sample = plane.put(job_id, "samples/step-1.png", png("red"))
+    await plane.report(job_id, 1, *points(1), files=(sample,))
+    await plane.finish(job_id, 1)
+    calls = ["ensure_run", "log_points", "log_picture", "close", "none"]
+    original = getattr(tracker, calls[moment], None)
+
+    async def losing(*args: object, **kwargs: object) -> object:
+        tracker.lose_next_reply = True
+        setattr(tracker, calls[moment], original)
+        assert original is not None
+        return await original(*args, **kwargs)
+
+    if original is not None:
+        setattr(tracker, calls[moment], losing)
+    for _ in range(2):
+        await forwarder(plane, tracker).run_once()
+    (run,) = tracker.runs.values()
+    assert (len(run.points), len(run.pictures), run.outcome) == (1, 1, Outcome.FINISHED)
+    assert tracker.batches.count(1) == (2 if calls[moment] == "log_points" else 1)
+
+
+async def test_deleted_run__is_given_up_and_the_other_jobs_go_on(plane: ControlPlane) -> None:
+    first, tracker = await launched(plane), FakeTracker()
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    second = await launched(plane)
+    tracker.deleted.add(f"run-{first}")
+    for job_id in (first, second):
+        await plane.report(job_id, 1, *points(1))
+    await sender.run_once()
+    assert (await plane.job(first)).mlflow_closed
+    assert len(tracker.runs[f"run-{second}"].points) == 1
+
+
+async def test_closed_jobs__cost_nothing(plane: ControlPlane) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    await plane.finish(job_id, 1)
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    statements: list[str] = []
+    async with plane.sessions() as session:
+        bind = session.get_bind()
+    event.listen(bind, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    await sender.run_once()
+    assert len([text for text in statements if text.startswith("SELECT")]) == 1
+
+
+def test_flatten__gives_dotted_paths_and_json() -> None:
+    tree = {"a": {"b": 1.5e-3, "c": {"d": None}}, "e": [1, {"f": 2}], "g": True, "h": "text", "i": {}}
+    flat = {"a.b": "0.0015", "a.c.d": "null", "e": '[1, {"f": 2}]', "g": "true", "h": "text"}
+    assert flatten(tree) == flat
+
+
+async def test_describe__teaches_to_load_only_what_exists(plane: ControlPlane) -> None:
+    job = await plane.job(await launched(plane, kind="tokenizer"))
+    assert "timm" not in describe(job, public_url=URL)
+    assert job.created_at < datetime.now(UTC)
