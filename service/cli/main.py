@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -142,7 +143,7 @@ def ls(
 
     with connect(url, data_dir) as client:
         found = client.jobs(page_size=min(limit, 100), state=state, kind=kind, label=label)
-        jobs = [job for job, _ in zip(found, range(limit), strict=False)]
+        jobs = list(islice(found, limit))
     if as_json:
         print_json(_dump(jobs))
     else:

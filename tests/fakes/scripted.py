@@ -10,7 +10,7 @@ from service.client.http import Backoff
 from service.contracts.jobs import Desired, JobState, JobView, Progress
 from service.contracts.problems import FieldProblem, Problem
 
-Answer = httpx.Response | Exception
+Answer = httpx.Response | BaseException
 JOB_ID = "0123456789abcdef"
 CREATED = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 
@@ -42,7 +42,7 @@ class Server:
     def __call__(self, request: httpx.Request) -> httpx.Response:
         self.requests.append(request)
         answer = self._answers.pop(0) if len(self._answers) > 1 else self._answers[0]
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise answer
         return answer
 
