@@ -54,6 +54,9 @@ class FakeWork:
         self._answer()
         self.finishes.append(finish)
 
+    def close(self) -> None:
+        """Nothing is open."""
+
     def metric(self, key: str) -> dict[int, float]:
         """The values of one curve by step, in the order of arrival."""
         points = [point for report in self.reports for point in report.metrics if point.key == key]

@@ -1,0 +1,85 @@
+from pathlib import Path
+
+import pytest
+
+from cim_core.errors import DataError
+from service.contracts.work import StoreAddress
+from service.store.directory import DirectoryStore
+from workers import cache as cache_module
+from workers.cache import Cache
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> DirectoryStore:
+    made = DirectoryStore(tmp_path / "store")
+    made.put_bytes("jobs/ab/encoder/config.json", b"{}")
+    made.put_bytes("jobs/ab/encoder/deep/x", b"xx")
+    made.put_bytes("jobs/abc/encoder/other", b"no")
+    return made
+
+
+@pytest.fixture
+def cache(tmp_path: Path, store: DirectoryStore) -> Cache:
+    return Cache(folder=tmp_path / "cache", address=StoreAddress(url=str(tmp_path / "store")))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+
+
+def test_artifact__a_prefix_of_the_store_is_downloaded_once(cache: Cache, store: DirectoryStore) -> None:
+    folder = cache.artifact("jobs/ab/encoder")
+    assert names(folder) == ["config.json", "deep/x"]
+    (folder / "config.json").write_bytes(b"[]")  # of the same size: must not be fetched again
+    assert cache.artifact("jobs/ab/encoder") == folder
+    assert (folder / "config.json").read_bytes() == b"[]"
+
+
+def test_artifact__a_folder_is_used_where_it_lies(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    assert cache.artifact(f"file://{tmp_path}/mine") == tmp_path / "mine"
+
+
+def test_artifact__missing_ones_are_named(cache: Cache, store: DirectoryStore) -> None:
+    with pytest.raises(DataError, match="nothing is stored at jobs/zz/encoder"):
+        cache.artifact("jobs/zz/encoder")
+    with pytest.raises(DataError, match="/nowhere is not a folder"):
+        cache.artifact("/nowhere")
+
+
+def test_images__paths_stay_and_relative_ones_are_refused(cache: Cache) -> None:
+    assert cache.images("file:///data/shard-{0..3}.tar") == "/data/shard-{0..3}.tar"
+    with pytest.raises(DataError, match="relative path"):
+        cache.images("photos")
+
+
+@pytest.mark.parametrize(
+    ("uri", "last", "found"),
+    [
+        ("s3://b/set/", None, ["0.tar", "1.tar", "deep/2.png"]),
+        ("s3://b/set/{0..1}.tar", "{0..1}.tar", ["0.tar", "1.tar"]),
+        ("s3://b/set/1.tar", "1.tar", ["1.tar"]),
+    ],
+)
+def test_images__s3_brings_what_the_pattern_names(
+    cache: Cache,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uri: str,
+    last: str | None,
+    found: list[str],
+) -> None:
+    bucket = DirectoryStore(tmp_path / "bucket")
+    for key in ("0.tar", "1.tar", "deep/2.png"):
+        bucket.put_bytes(key, key.encode())
+    opened: list[str] = []
+
+    def open_store(url: str, *, endpoint_url: str | None, region: str | None) -> DirectoryStore:
+        opened.append(url)
+        return bucket
+
+    monkeypatch.setattr(cache_module, "open_store", open_store)
+    place = Path(cache.images(uri))
+    assert opened == ["s3://b/set"]
+    assert names(place if last is None else place.parent) == found
+    assert last is None or place.name == last

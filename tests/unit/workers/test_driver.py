@@ -1,0 +1,134 @@
+"""The driver up to the point where Ray comes in; tests/integration/test_workers.py has the rest."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from service.contracts.jobs import FailureKind
+from service.contracts.work import Assignment, StoreAddress
+from tests.fakes.work_client import FakeWork
+from workers import driver
+from workers.attempt import Outcome
+from workers.failures import AttemptFailedError, AttemptStaleError, ExitCode
+from workers.settings import UsageError, WorkerSettings
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(8):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path: Path, photos: Path) -> FakeWork:
+    training = {"steps": 4, "batch_size": 2}
+    spec = {"kind": "tokenizer", "name": "t", "data": {"uri": str(photos)}, "training": training}
+    address = StoreAddress(url=str(tmp_path / "store"))
+    return FakeWork(
+        Assignment(job_id="ab", attempt=1, spec=spec, inputs={}, store=address, report_every_s=0.01)
+    )
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> WorkerSettings:
+    return WorkerSettings(
+        url="http://x", job_id="ab", attempt=1, token="s3cret-token", cache_dir=tmp_path / "cache"
+    )
+
+
+def run(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, *, ranks: Any = None
+) -> ExitCode:
+    def train(*_: object) -> Outcome:
+        if isinstance(ranks, Exception):
+            raise ranks
+        assert isinstance(ranks, Outcome)
+        return ranks
+
+    monkeypatch.setattr(driver, "WorkClient", lambda *_: work)
+    if ranks is not None:
+        monkeypatch.setattr(driver, "connect", lambda _: None)
+        monkeypatch.setattr(driver, "_train", train)
+    return driver.run(settings)
+
+
+def test_run__success_is_told_with_what_the_ranks_returned(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    outcome = Outcome(stopped=False, step=4, total_steps=4, metrics={"val_psnr": 20.0})
+    assert run(work, settings, monkeypatch, ranks=outcome) is ExitCode.DONE
+    (finish,) = work.finishes
+    assert (finish.outcome, finish.step, finish.metrics) == ("succeeded", 4, {"val_psnr": 20.0})
+    assert work.reports[-1].progress.message == "starting 1 worker"
+    logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
+    assert "succeeded at step 4" in [json.loads(line)["message"] for line in logs.splitlines()]
+
+
+def test_run__a_ranks_sentence_and_step_reach_the_service(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = AttemptFailedError("user", "step 3: the loss is not finite", 3)
+    assert run(work, settings, monkeypatch, ranks=told) is ExitCode.USER
+    (finish,) = work.finishes
+    assert finish.failure is not None
+    assert (finish.failure.message, finish.step) == ("step 3: the loss is not finite", 3)
+
+
+def test_run__a_stale_attempt_tells_nothing(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(work, settings, monkeypatch, ranks=AttemptStaleError("over")) is ExitCode.STALE
+    assert work.finishes == []
+
+
+def test_run__a_job_that_is_over_is_not_begun(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    work.stale = True
+    assert run(work, settings, monkeypatch) is ExitCode.STALE
+    assert not (tmp_path / "store").exists()
+
+
+def test_run__missing_data_is_the_users(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, photos: Path
+) -> None:
+    photos.rename(photos.with_name("elsewhere"))
+    assert run(work, settings, monkeypatch) is ExitCode.USER
+    failure = work.finishes[0].failure
+    assert failure is not None
+    assert failure.kind is FailureKind.USER
+    assert "does not exist" in failure.message
+
+
+def test_run__a_stop_before_training_ends_as_stopped(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work.stop_from_step = 0
+
+    def wait_for_the_answer(*_: Any, reporter: Any, go_on: Any, **__: Any) -> None:
+        reporter.post()
+        go_on()
+
+    monkeypatch.setattr(driver, "prepare", wait_for_the_answer)
+    assert run(work, settings, monkeypatch) is ExitCode.DONE
+    assert [(finish.outcome, finish.step) for finish in work.finishes] == [("stopped", 0)]
+
+
+def test_run__leaves_no_handler_behind(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = list(logging.getLogger().handlers)
+    run(work, settings, monkeypatch, ranks=Outcome(stopped=True, step=1))
+    assert logging.getLogger().handlers == before
+
+
+def test_connect__never_starts_a_cluster_of_its_own(settings: WorkerSettings) -> None:
+    with pytest.raises(UsageError, match="RAY_ADDRESS"):
+        driver.connect(settings)
