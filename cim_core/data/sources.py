@@ -146,7 +146,7 @@ def _in_tar(file: Path, container: str) -> Iterator[Candidate | Skipped]:
         with tarfile.open(file, "r:") as tar:
             for member in _members(tar):
                 path = member.name.removeprefix("./").lstrip("/")
-                if member.isdir() or any(part.startswith(".") for part in path.split("/")):
+                if member.isdir() or _hidden(path):
                     continue
                 if not member.isreg() or member.issparse():
                     yield Skipped(f"{container}/{path}", "link, device or sparse file inside a tar")
@@ -157,6 +157,10 @@ def _in_tar(file: Path, container: str) -> Iterator[Candidate | Skipped]:
     except (tarfile.TarError, OSError) as error:
         yield Skipped(container, f"the tar file cannot be read to its end: {error}")
     yield from members.values()
+
+
+def _hidden(path: str) -> bool:
+    return any(part.startswith(".") and part not in (".", "..") for part in path.split("/"))
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

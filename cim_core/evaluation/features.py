@@ -46,7 +46,10 @@ def extract(
         for pixels_B3HW in _batches(dataset, places, batch_size):
             images_B3HW = normalise(pixels_B3HW.to(device))
             features.append(pooled(backbone, images_B3HW).float().cpu())
-    return torch.cat(features) if features else torch.empty(0, 0), labels_R
+        if not features:  # more ranks than images: still a row's width, so that ranks can be put together
+            side = dataset.views.image_size
+            features.append(pooled(backbone, torch.zeros(1, 3, side, side, device=device)).float().cpu()[:0])
+    return torch.cat(features), labels_R
 
 
 def rank_slice(count: int, *, rank: int, world_size: int) -> range:
