@@ -56,6 +56,9 @@ def _model(model: ModelConfig) -> Iterator[FieldProblem]:
         yield _problem("model.enhancer.name", told, name)
     elif not facts.ok:
         yield _problem("model.enhancer.name", f"{name} cannot serve here: {facts.why}", name)
+    elif facts.kind == "vit" and facts.heads and facts.width % facts.heads:
+        told = f"must give a width (embed_dim) that num_heads divides, got {facts.width} and {facts.heads}"
+        yield _problem("model.enhancer.options", told, dict(model.enhancer.options))
     else:
         yield from _sharing(model, facts)
 

@@ -24,7 +24,6 @@ from service.domain.names import JOB_ID_LENGTH
 
 # Both dialects spell `ON CONFLICT` alike, but SQLAlchemy gives them no common type.
 _INSERT: Mapping[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
-_ROWS_A_STATEMENT = 500  # SQLite takes 32,766 values in one statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,13 +154,13 @@ async def upsert(
     session: AsyncSession, table: type[Base], rows: Sequence[Mapping[str, Any]], *, key: Sequence[str]
 ) -> None:
     """Insert `rows`, all of the same columns; one whose `key` exists takes the place of the old one."""
-    insert = _INSERT[session.get_bind().dialect.name]
-    # One statement may not touch a row twice (PostgreSQL), so the last of each key counts.
-    unique = list({tuple(row[name] for name in key): row for row in rows}.values())
-    for start in range(0, len(unique), _ROWS_A_STATEMENT):
-        statement = insert(table).values([dict(row) for row in unique[start : start + _ROWS_A_STATEMENT]])
-        others = {name: statement.excluded[name] for name in unique[0] if name not in key}
-        await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others))
+    if not rows:
+        return
+    # PostgreSQL may not touch a row twice in one statement, so the last of each key counts.
+    unique = list({tuple(row[name] for name in key): dict(row) for row in rows}.values())
+    statement = _INSERT[session.get_bind().dialect.name](table.__table__)
+    others = {name: statement.excluded[name] for name in unique[0] if name not in key}
+    await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others), unique)
 
 
 def _newest(query: Select[JobRow]) -> Select[JobRow]:

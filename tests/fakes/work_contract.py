@@ -1,0 +1,350 @@
+"""What workers, and those who watch them, must get from the API on every database."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+
+from service.contracts.jobs import JobState, LogLine
+from service.domain.names import log_prefix
+from tests.fakes.world import World
+
+FINISH = {"outcome": "succeeded", "step": 10, "total_steps": 10}
+
+
+async def running(world: World, *, name: str = "tok") -> str:
+    """The id of a job whose first attempt has reported once."""
+    job = (await world.submit(world.tokenizer(name)))[0]
+    job_id = str(job["id"])
+    await world.launch(job_id)
+    assert (await world.report(job_id, 1)).status_code == 200
+    return job_id
+
+
+def checkpoint(world: World, job_id: str, *, attempt: int, step: int) -> dict[str, Any]:
+    """A checkpoint of two stored files."""
+    prefix = f"attempts/{attempt}/checkpoints/step-{step}"
+    files = [world.file(job_id, f"{prefix}/{name}") for name in ("state.safetensors", "manifest.json")]
+    return {"step": step, "prefix": prefix, "files": files}
+
+
+class WorkContract:
+    async def test_token__only_that_of_the_attempt_opens(self, world: World) -> None:
+        job_id = await running(world)
+        body = {"progress": {"step": 1}}
+        for token in ("x", "f" * 64, "\xe9"):
+            answer = await world.tell(job_id, 1, "report", body, token=token)
+            assert (answer.status_code, answer.json()["code"]) == (401, "unauthorised")
+        assert (await world.client.get(f"/v1/attempts/{job_id}/1")).status_code == 401
+
+    async def test_assignment__inputs_are_prefixes_of_the_store(self, world: World) -> None:
+        tok, enc, ev = await world.submit(world.tokenizer(), world.pretrain(), world.evaluate())
+        expected = [
+            {},
+            {"tokenizer": f"jobs/{tok['id']}/tokenizer"},
+            {"encoder": f"jobs/{enc['id']}/encoder"},
+        ]
+        for job, inputs in zip((tok, enc, ev), expected, strict=True):
+            await world.launch(job["id"])
+            assignment = (await world.ask(job["id"], 1)).json()
+            assert assignment["inputs"] == inputs
+            assert assignment["spec"] == job["resolved"]
+            assert assignment["submitted"] == job["spec"]
+            assert assignment["checkpoint"] is None
+            assert assignment["store"]["url"].endswith("/store")
+
+    async def test_assignment__an_address_is_passed_on(self, world: World) -> None:
+        enc = (await world.submit(world.pretrain(source="s3://bucket/tok/")))[0]
+        await world.launch(enc["id"])
+        assert (await world.ask(enc["id"], 1)).json()["inputs"] == {"tokenizer": "s3://bucket/tok/"}
+
+    async def test_report__the_first_one_sets_the_job_running(self, world: World) -> None:
+        job = (await world.submit(world.tokenizer()))[0]
+        await world.launch(job["id"])
+        plan = {"total_steps": 10}
+        answer = await world.report(job["id"], 1, step=3, plan=plan)
+        assert answer.json() == {"directive": "continue"}
+        shown = await world.show(job["id"])
+        assert (shown["state"], shown["progress"]["step"]) == ("running", 3)
+        assert shown["resolved"]["plan"] == plan
+        assert (await world.row(job["id"])).version == 2
+        await world.report(job["id"], 1, step=4)
+        assert (await world.row(job["id"])).version == 2
+
+    async def test_report__a_repeated_point_takes_the_place_of_the_old_one(self, world: World) -> None:
+        job_id = await running(world)
+        points = [{"step": step, "key": "loss", "value": 1.0 / step} for step in (10, 20)]
+        await world.report(job_id, 1, metrics=[*points, points[0]])
+        await world.report(job_id, 1, metrics=[{**points[1], "value": 7.0}, {**points[0], "key": "acc"}])
+        found = (await world.client.get(f"/v1/jobs/{job_id}/metrics")).json()
+        told = [(point["step"], point["key"], point["value"]) for point in found]
+        assert told == [(10, "acc", 0.1), (10, "loss", 0.1), (20, "loss", 7.0)]
+        latest = (await world.client.get(f"/v1/jobs/{job_id}/metrics?latest=true")).json()
+        assert {(point["key"], point["value"]) for point in latest} == {("acc", 0.1), ("loss", 7.0)}
+        only = (await world.client.get(f"/v1/jobs/{job_id}/metrics?key=loss&after_step=10")).json()
+        assert [point["step"] for point in only] == [20]
+        assert (await world.show(job_id))["metrics"] == {"acc": 0.1, "loss": 7.0}
+
+    async def test_report__many_points_in_one_request(self, world: World) -> None:
+        job_id = await running(world)
+        points = [{"step": n, "key": f"k{n % 7}", "value": n / 2} for n in range(2500)]
+        assert (await world.report(job_id, 1, metrics=points)).status_code == 200
+        assert len((await world.client.get(f"/v1/jobs/{job_id}/metrics")).json()) == 2500
+
+    async def test_report__what_no_database_stores_ends_nothing(self, world: World) -> None:
+        job_id = await running(world)
+        progress = '{"step": 2, "eta_s": Infinity, "message": "a\\u0000b"}'
+        body = f'{{"progress": {progress}, "metrics": [{{"step": 2, "key": "loss", "value": NaN}}]}}'
+        token = (await world.tell(job_id, 1, "report", {"progress": {}})).request.headers["Authorization"]
+        headers = {"Authorization": token, "Content-Type": "application/json"}
+        answer = await world.client.post(f"/v1/attempts/{job_id}/1/report", content=body, headers=headers)
+        assert answer.status_code == 200
+        shown = (await world.show(job_id))["progress"]
+        assert (shown["eta_s"], shown["message"]) == (None, "a\ufffdb")
+
+    async def test_fence__an_earlier_attempt_may_write_nothing(self, world: World) -> None:
+        job_id = await running(world)
+        saved = checkpoint(world, job_id, attempt=1, step=5)
+        await world.put(job_id, JobState.RETRYING)
+        assert await world.launch(job_id) == 2
+        for what, body in (("report", {"progress": {}}), ("checkpoints", saved), ("finish", FINISH)):
+            answer = await world.tell(job_id, 1, what, body)
+            assert (answer.status_code, answer.json()["code"]) == (409, "stale_attempt"), what
+        assert (await world.ask(job_id, 1)).status_code == 409
+        assert (await world.ask(job_id, 2)).json()["checkpoint"] is None
+        assert (await world.show(job_id))["state"] == "launching"
+
+    async def test_fence__a_final_job_takes_nothing_more(self, world: World) -> None:
+        job_id = await running(world)
+        assert (await world.tell(job_id, 1, "finish", FINISH)).status_code == 200
+        answer = await world.report(job_id, 1)
+        assert (answer.status_code, answer.json()["code"]) == (409, "stale_attempt")
+
+    async def test_checkpoint__the_next_attempt_resumes_from_the_last_one(self, world: World) -> None:
+        job_id = await running(world)
+        for step in (5, 9, 5):
+            answer = await world.tell(
+                job_id, 1, "checkpoints", checkpoint(world, job_id, attempt=1, step=step)
+            )
+            assert answer.status_code == 200
+        await world.put(job_id, JobState.RETRYING)
+        await world.launch(job_id)
+        assignment = (await world.ask(job_id, 2)).json()
+        assert assignment["checkpoint"] == checkpoint(world, job_id, attempt=1, step=9)
+        assert (await world.show(job_id))["attempts"][1]["resumed_from_step"] == 9
+        events = (await world.client.get(f"/v1/jobs/{job_id}/events")).json()
+        assert sum("checkpoint at step 5" in event["message"] for event in events) == 1
+
+    async def test_checkpoint__a_file_that_is_not_there_is_refused(self, world: World) -> None:
+        job_id = await running(world)
+        for spoil in ({"size": 1}, {"path": "attempts/1/checkpoints/step-5/none"}):
+            told = checkpoint(world, job_id, attempt=1, step=5)
+            told["files"][0] |= spoil
+            answer = await world.tell(job_id, 1, "checkpoints", told)
+            assert (answer.status_code, answer.json()["code"]) == (409, "broken_manifest")
+
+    @pytest.mark.parametrize("prefix", ["attempts/2/checkpoints/step-5", "attempts/1/../../other", "encoder"])
+    async def test_checkpoint__lies_below_its_attempt(self, world: World, prefix: str) -> None:
+        job_id = await running(world)
+        told = {**checkpoint(world, job_id, attempt=1, step=5), "prefix": prefix}
+        told["files"] = [{**entry, "path": f"{prefix}/x"} for entry in told["files"]]
+        assert (await world.tell(job_id, 1, "checkpoints", told)).status_code in (400, 409)
+
+    async def test_finish__a_success_names_its_files(self, world: World) -> None:
+        job_id = await running(world)
+        files = [world.file(job_id, "tokenizer/config.json", b"{}")]
+        told = {**FINISH, "files": files, "metrics": {"psnr": 20.5}}
+        for _ in range(2):
+            assert (await world.tell(job_id, 1, "finish", told)).status_code == 200
+        job = await world.show(job_id)
+        assert (job["state"], job["progress"]["step"]) == ("succeeded", 10)
+        assert job["result"] == {"step": 10, "metrics": {"psnr": 20.5}, "num_files": 1, "size_bytes": 2}
+        assert job["metrics"]["psnr"] == 20.5
+        assert (job["attempts"][0]["outcome"], job["reason"]) == ("succeeded", "succeeded at step 10")
+        assert (await world.client.get(f"/v1/jobs/{job_id}/artifacts")).json() == files
+
+    async def test_finish__a_success_without_its_files_or_steps_is_none(self, world: World) -> None:
+        job_id = await running(world)
+        missing = {"path": "encoder/model.safetensors", "size": 3, "sha256": "0" * 64}
+        for told in ({**FINISH, "files": [missing]}, {**FINISH, "step": 9}):
+            answer = await world.tell(job_id, 1, "finish", told)
+            assert (answer.status_code, answer.json()["code"]) == (409, "broken_manifest")
+        assert (await world.show(job_id))["state"] == "running"
+
+    async def test_finish__the_users_fault_is_final_at_once(self, world: World) -> None:
+        job_id = await running(world)
+        failure = {"kind": "user", "message": "lower training.batch_size to 3"}
+        await world.tell(job_id, 1, "finish", {"outcome": "failed", "step": 0, "failure": failure})
+        job = await world.show(job_id)
+        assert (job["state"], job["failure_kind"], job["reason"]) == ("failed", "user", failure["message"])
+
+    async def test_finish__another_fault_is_tried_again_until_the_attempts_are_used_up(
+        self, world: World
+    ) -> None:
+        job = (await world.submit(world.tokenizer(retries={"max_attempts": 2})))[0]
+        failure = {"kind": "storage", "message": "no answer"}
+        told = {"outcome": "failed", "step": 4, "failure": failure}
+        await world.launch(job["id"])
+        assert (await world.tell(job["id"], 1, "finish", told)).status_code == 200
+        row = await world.row(job["id"])
+        assert row.state is JobState.RETRYING
+        assert row.not_before is not None
+        # 5 s is the first pause of the settings; the clock ticks a millisecond a look.
+        assert timedelta(seconds=4) < row.not_before - world.clock.now < timedelta(seconds=6)
+        await world.launch(job["id"])
+        assert (await world.row(job["id"])).not_before is None
+        await world.tell(job["id"], 2, "finish", told)
+        shown = await world.show(job["id"])
+        assert (shown["state"], shown["failure_kind"]) == ("failed", "storage")
+        assert [attempt["message"] for attempt in shown["attempts"]] == ["no answer"] * 2
+
+    @pytest.mark.parametrize(
+        ("desired", "state"), [("cancel", "cancelled"), ("pause", "paused"), ("run", "retrying")]
+    )
+    async def test_finish__what_a_stop_means_is_what_the_user_wants(
+        self, world: World, desired: str, state: str
+    ) -> None:
+        job_id = await running(world)
+        if desired != "run":
+            await world.put(job_id, JobState.STOPPING, desired=desired)
+        answer = await world.tell(job_id, 1, "finish", {"outcome": "stopped", "step": 6, "total_steps": 10})
+        assert answer.status_code == 200
+        assert (await world.show(job_id))["state"] == state
+
+    async def test_finish__a_success_counts_although_the_stop_was_asked_for(self, world: World) -> None:
+        job_id = await running(world)
+        await world.client.post("/v1/jobs/tok/cancel")
+        await world.tell(job_id, 1, "finish", FINISH)
+        assert (await world.show(job_id))["state"] == "succeeded"
+
+    async def test_finish__a_failure_while_being_cancelled_is_a_cancel(self, world: World) -> None:
+        job_id = await running(world)
+        await world.client.post("/v1/jobs/tok/cancel")
+        failure = {"kind": "infrastructure", "message": "a rank died"}
+        await world.tell(job_id, 1, "finish", {"outcome": "failed", "step": 3, "failure": failure})
+        job = await world.show(job_id)
+        assert (job["state"], job["attempts"][0]["outcome"]) == ("cancelled", "failed")
+
+    async def test_race__finish_and_cancel_agree_on_one_end(self, world: World) -> None:
+        for turn in range(10):
+            job_id = await running(world, name=f"t{turn}")
+            finished, cancelled = await asyncio.gather(
+                world.tell(job_id, 1, "finish", FINISH), world.client.post(f"/v1/jobs/{job_id}/cancel")
+            )
+            assert (finished.status_code, cancelled.status_code) == (200, 202)
+            assert (await world.show(job_id))["state"] == "succeeded"
+            events = (await world.client.get(f"/v1/jobs/{job_id}/events")).json()
+            assert [event["dst"] for event in events].count("succeeded") == 1
+
+
+class DetailContract:
+    async def test_events__a_stream_ends_when_the_job_does(self, world: World) -> None:
+        job_id = await running(world)
+
+        async def end() -> None:
+            await asyncio.sleep(0.05)
+            await world.tell(job_id, 1, "finish", FINISH)
+
+        answer, _ = await asyncio.gather(world.client.get(f"/v1/jobs/{job_id}/events?follow=true"), end())
+        told = [json.loads(data) for data in _fields(answer.text, "data")]
+        assert [event.get("dst") for event in told] == ["queued", "launching", "running", "succeeded", None]
+        assert _fields(answer.text, "event") == ["end"]
+        rest = await world.client.get(
+            f"/v1/jobs/{job_id}/events?follow=true", headers={"Last-Event-ID": str(told[2]["id"])}
+        )
+        assert [json.loads(data).get("dst") for data in _fields(rest.text, "data")] == ["succeeded", None]
+
+    async def test_logs__lines_of_all_sources_by_time(self, world: World) -> None:
+        job_id = await running(world)
+        self.write(world, job_id, "attempt-1/driver-000000", [1, 4])
+        self.write(world, job_id, "attempt-1/rank-0-000000", [2, 3])
+        self.write(world, job_id, "attempt-2/rank-0-000000", [9])
+        self.write(world, job_id, "attempt-1/driver-000001", [5])
+        lines = (await world.client.get(f"/v1/jobs/{job_id}/logs")).json()
+        assert [line["message"] for line in lines] == ["1", "2", "3", "4", "5", "9"]
+
+    async def test_logs__a_stream_tells_all_and_goes_on_where_it_broke(self, world: World) -> None:
+        job_id = await running(world)
+        self.write(world, job_id, "attempt-1/driver-000000", [1, 2])
+
+        async def end() -> None:
+            await asyncio.sleep(0.05)
+            self.write(world, job_id, "attempt-1/driver-000001", [4])
+            self.write(world, job_id, "attempt-1/rank-0-000000", [3])
+            await world.tell(job_id, 1, "finish", FINISH)
+
+        answer, _ = await asyncio.gather(world.client.get(f"/v1/jobs/{job_id}/logs?follow=true"), end())
+        messages = [json.loads(data).get("message") for data in _fields(answer.text, "data")]
+        assert messages[:2] == ["1", "2"]
+        assert sorted(messages[2:4]) == ["3", "4"]
+        assert messages[4:] == [None]
+        first = _fields(answer.text, "id")[0]
+        rest = await world.client.get(f"/v1/jobs/{job_id}/logs?follow=true", headers={"Last-Event-ID": first})
+        again = [json.loads(data).get("message") for data in _fields(rest.text, "data")]
+        assert again == ["3", "4", None]
+
+    async def test_logs__broken_lines_are_left_out(self, world: World) -> None:
+        job_id = await running(world)
+        self.write(world, job_id, "attempt-1/driver-000000", [1])
+        world.store.put_bytes(f"{log_prefix(job_id)}attempt-1/driver-000001.jsonl", b'{"at": "2026-')
+        lines = (await world.client.get(f"/v1/jobs/{job_id}/logs")).json()
+        assert [line["message"] for line in lines] == ["1"]
+
+    async def test_artifacts__bytes_type_and_parts(self, world: World) -> None:
+        job_id = await running(world)
+        files = [world.file(job_id, "samples/step-10.png", b"0123456789")]
+        await world.report(job_id, 1, files=files)
+        address = f"/v1/jobs/{job_id}/artifacts/samples/step-10.png"
+        whole = await world.client.get(address)
+        assert (whole.status_code, whole.content) == (200, b"0123456789")
+        assert whole.headers["content-type"] == "image/png"
+        for wanted, part in (
+            ("bytes=2-4", b"234"),
+            ("bytes=7-", b"789"),
+            ("bytes=-2", b"89"),
+            ("bytes=8-99", b"89"),
+        ):
+            answer = await world.client.get(address, headers={"Range": wanted})
+            assert (answer.status_code, answer.content) == (206, part), wanted
+        outside = await world.client.get(address, headers={"Range": "bytes=10-"})
+        assert outside.status_code == 416
+
+    async def test_artifacts__what_no_manifest_names_does_not_exist(self, world: World) -> None:
+        job_id = await running(world)
+        world.file(job_id, "secret.txt")
+        for path in ("secret.txt", "..%2F..%2Fcim.db", "%2Fetc%2Fpasswd", "samples/../secret.txt"):
+            answer = await world.client.get(f"/v1/jobs/{job_id}/artifacts/{path}")
+            assert answer.status_code == 404, path
+            assert answer.json()["code"] == "not_found"
+
+    async def test_artifacts__a_lost_object_is_a_problem_not_half_an_answer(self, world: World) -> None:
+        job_id = await running(world)
+        await world.report(job_id, 1, files=[world.file(job_id, "a.bin")])
+        world.store.delete_prefix(f"jobs/{job_id}")
+        answer = await world.client.get(f"/v1/jobs/{job_id}/artifacts/a.bin")
+        assert (answer.status_code, answer.json()["code"]) == (404, "missing_object")
+
+    async def test_artifacts__the_last_checkpoint_is_among_them(self, world: World) -> None:
+        job_id = await running(world)
+        told = checkpoint(world, job_id, attempt=1, step=5)
+        await world.tell(job_id, 1, "checkpoints", told)
+        found = (await world.client.get(f"/v1/jobs/{job_id}/artifacts")).json()
+        assert found == sorted(told["files"], key=lambda entry: str(entry["path"]))
+
+    @staticmethod
+    def write(world: World, job_id: str, name: str, seconds: list[int]) -> None:
+        """A log object with a line for each second, which is also its message."""
+        start = datetime(2026, 1, 1, tzinfo=UTC)
+        lines = [
+            LogLine(at=start + timedelta(seconds=s), attempt=1, source="x", level="info", message=str(s))
+            for s in seconds
+        ]
+        data = "".join(line.model_dump_json() + "\n" for line in lines)
+        world.store.put_bytes(f"{log_prefix(job_id)}{name}.jsonl", data.encode())
+
+
+def _fields(text: str, name: str) -> list[str]:
+    lines = (line.partition(": ") for line in text.splitlines())
+    return [value for field, _, value in lines if field == name]

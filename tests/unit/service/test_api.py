@@ -1,0 +1,23 @@
+"""The contracts of the API on SQLite; tests/integration/test_postgres.py runs them on PostgreSQL."""
+
+from tests.fakes.moves_contract import MovesContract
+from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
+from tests.fakes.work_contract import DetailContract, WorkContract
+
+
+class TestSubmit(SubmitContract): ...
+
+
+class TestList(ListContract): ...
+
+
+class TestCancel(CancelContract): ...
+
+
+class TestMoves(MovesContract): ...
+
+
+class TestWork(WorkContract): ...
+
+
+class TestDetails(DetailContract): ...
