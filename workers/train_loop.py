@@ -1,18 +1,21 @@
-"""The function that Ray Train calls on every rank."""
+"""The function that Ray Train calls on every rank.
+
+A kind's module is loaded on the ranks of that kind alone: the driver pickles this function by
+reference, and would otherwise spend seconds on timm, as would the ranks of a tokenizer job.
+"""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any
 
 from workers.attempt import Outcome, Work
-from workers.evaluate_job import run_evaluate
-from workers.pretrain_job import run_pretrain
 from workers.rank import Rank, rank_of
-from workers.tokenizer_job import run_tokenizer
 
-JOBS: Mapping[str, Callable[[Rank], Outcome]] = {
-    "tokenizer": run_tokenizer,
-    "pretrain": run_pretrain,
-    "evaluate": run_evaluate,
+# Kind of a job: module and function that do it.
+JOBS: Mapping[str, tuple[str, str]] = {
+    "tokenizer": ("workers.tokenizer_job", "run_tokenizer"),
+    "pretrain": ("workers.pretrain_job", "run_pretrain"),
+    "evaluate": ("workers.evaluate_job", "run_evaluate"),
 }
 
 
@@ -24,4 +27,11 @@ def train_loop(config: dict[str, Any]) -> Outcome:
     """
     work: Work = config["work"]
     with rank_of(work) as rank:
-        return JOBS[work.attempt.spec.kind](rank)
+        return job_of(work.attempt.spec.kind)(rank)
+
+
+def job_of(kind: str) -> Callable[[Rank], Outcome]:
+    """What does a job of this kind."""
+    module, name = JOBS[kind]
+    function: Callable[[Rank], Outcome] = getattr(import_module(module), name)
+    return function

@@ -99,14 +99,7 @@ def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            match self.path.rsplit("/", 1)[-1]:
-                case "report":
-                    reply = lambda: work.report(Report.model_validate_json(body)).model_dump()  # noqa: E731
-                case "checkpoints":
-                    reply = lambda: work.commit_checkpoint(Checkpoint.model_validate_json(body))  # noqa: E731
-                case _:
-                    reply = lambda: work.finish(Finish.model_validate_json(body))  # noqa: E731
-            self._answer(reply)
+            self._answer(lambda: _take(work, self.path.rsplit("/", 1)[-1], body))
 
         def log_message(self, *_: Any) -> None:
             """Quiet."""
@@ -128,3 +121,13 @@ def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
             self.wfile.write(data)
 
     return Handler
+
+
+def _take(work: FakeWork, what: str, body: bytes) -> dict[str, Any] | None:
+    if what == "report":
+        return work.report(Report.model_validate_json(body)).model_dump()
+    if what == "checkpoints":
+        work.commit_checkpoint(Checkpoint.model_validate_json(body))
+    else:
+        work.finish(Finish.model_validate_json(body))
+    return None

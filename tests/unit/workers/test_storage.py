@@ -1,3 +1,4 @@
+import time
 from pathlib import Path
 
 import pyarrow.fs
@@ -5,14 +6,13 @@ import pytest
 
 from service.contracts.work import Assignment, StoreAddress
 from service.store.base import StoreError, StoreFullError
-from workers import storage
 from workers.storage import JobStore, patiently, ray_storage
 
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     found: list[float] = []
-    monkeypatch.setattr(storage.time, "sleep", found.append)
+    monkeypatch.setattr(time, "sleep", found.append)
     return found
 
 
