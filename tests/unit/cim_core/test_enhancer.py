@@ -9,7 +9,10 @@ from cim_core.models.enhancer import Enhancer
 from cim_core.models.probe import plan_backbone
 from tests.unit.cim_core.cim_models import TINY_VIT
 
-def build(name: str, *, size: int = 64, patch: int = 8, options: Mapping[str, Scalar] | None = None) -> Enhancer:
+
+def build(
+    name: str, *, size: int = 64, patch: int = 8, options: Mapping[str, Scalar] | None = None
+) -> Enhancer:
     return Enhancer(EnhancerConfig(name=name, options=options or {}), image_size=size, patch_size=patch)
 
 
@@ -39,7 +42,11 @@ def test_forward__is_a_map_and_every_parameter_learns(
     features = enhancer(torch.randn(2, 3, size, size))
     assert features.shape == (2, enhancer.width, enhancer.side, enhancer.side)
     (features * torch.randn_like(features)).sum().backward()
-    idle = [key for key, p in enhancer.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    idle = [
+        key
+        for key, p in enhancer.named_parameters()
+        if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert idle == []
 
 
@@ -91,7 +98,7 @@ def test_plain_vit__starts_as_the_table_says_and_others_as_timm_says() -> None:
         ("resnet18", False),
     ],
 )
-def test_can_share__is_for_plain_vision_transformers(name: str, can_share: bool) -> None:
+def test_can_share__is_for_plain_vision_transformers(*, name: str, can_share: bool) -> None:
     assert plan_backbone(name, image_size=32, patch_size=16).can_share is can_share
 
 
@@ -132,5 +139,7 @@ def test_name__a_network_that_cannot_serve_says_why(name: str, why: str) -> None
 
 
 def test_options__that_timm_does_not_know_are_named() -> None:
-    with pytest.raises(ModelError, match=r"cannot build resnet18 with enhancer.options \{'depht': 3\}.*depht"):
+    with pytest.raises(
+        ModelError, match=r"cannot build resnet18 with enhancer.options \{'depht': 3\}.*depht"
+    ):
         build("resnet18", options={"depht": 3})

@@ -37,7 +37,7 @@ def test_detection_head__shrinks_by_averaging_so_that_every_feature_counts() -> 
     torch.nn.init.ones_(head.proj.weight)
     features = torch.randn(1, 1, 6, 6)
     expected = features[0, 0, 2:4, 4:6].mean()
-    assert float(head(features)[0, 5]) == pytest.approx(float(expected), abs=1e-6)
+    assert head(features)[0, 5].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
 def test_upscale_head__every_weight_gets_gradient_where_the_sides_do_not_fit() -> None:

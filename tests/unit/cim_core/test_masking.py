@@ -51,7 +51,9 @@ def test_block_mask__masks_blocks_and_not_scattered_cells() -> None:
         return float((grid[:, :, 1:] & grid[:, :, :-1]).double().mean())
 
     scattered = MaskingConfig(min_ratio=BEIT.min_ratio, max_ratio=BEIT.max_ratio)
-    assert neighbours(block_mask(50, 14, BEIT, rng())) > 1.5 * neighbours(random_mask(50, 14, scattered, rng()))
+    assert neighbours(block_mask(50, 14, BEIT, rng())) > 1.5 * neighbours(
+        random_mask(50, 14, scattered, rng())
+    )
 
 
 def test_block_mask__draws_its_target_per_image() -> None:

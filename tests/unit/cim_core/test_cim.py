@@ -1,0 +1,265 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from cim_core.cim import CIM, StepOutput, build_cim, on_device, sample_tokens, to_unit
+from cim_core.config import MaskingConfig
+from cim_core.data.dataset import Views
+from cim_core.errors import ModelError
+from cim_core.task import cim_task
+from cim_core.tokenizers.fake import FakeTokenizer
+from tests.unit.cim_core.cim_models import model_config, rng, tiny_cim, views_for
+
+
+def step(cim: CIM, *, seed: int = 0, num_images: int = 3) -> StepOutput:
+    output = cim(views_for(cim, num_images=num_images), generator=rng(seed))
+    assert isinstance(output, StepOutput)
+    return output
+
+
+@pytest.mark.parametrize("objective", ["respix", "revdet"])
+def test_forward__kept_positions_hold_golden_tokens_and_masked_ones_samples(objective: str) -> None:
+    cim = tiny_cim(model_config(objective=objective))
+    views = views_for(cim)
+    output = cim(views, generator=rng())
+    golden = cim.tokenizer.encode(views.token_pixels_B3HW.float() / 255).flatten(1)
+    assert torch.equal(output.golden_BN, golden)
+    assert torch.equal(output.sampled_BN[~output.mask_BN], golden[~output.mask_BN])
+    assert torch.equal(output.replaced_BN, (output.sampled_BN != golden) & output.mask_BN)
+    assert output.logits_MV.shape == (int(output.mask_BN.sum()), 16)
+
+
+def test_forward__loss_is_mim_plus_weighted_enhancer_loss() -> None:
+    for objective, weight in (("respix", 10.0), ("revdet", 1.0)):
+        output = step(tiny_cim(model_config(objective=objective)))
+        total = output.losses["mim"] + weight * output.losses[objective]
+        assert output.loss.item() == pytest.approx(total.item(), rel=1e-6)
+        assert output.metrics["mim_loss"].item() == pytest.approx(output.losses["mim"].item())
+        assert output.metrics["enhancer_loss"].item() == pytest.approx(output.losses[objective].item())
+
+
+def test_forward__mim_loss_and_generator_metrics_match_slow_loops() -> None:
+    output = step(tiny_cim())
+    logits, golden = output.logits_MV.detach().double(), output.golden_BN[output.mask_BN]
+    sampled = output.sampled_BN[output.mask_BN]
+    loss = entropy = hits = lucky = 0.0
+    for row, gold, drawn in zip(logits, golden.tolist(), sampled.tolist(), strict=True):
+        probabilities = row.exp() / row.exp().sum()
+        loss -= probabilities[gold].log().item()
+        entropy -= sum(p * p.log() for p in probabilities).item()  # type: ignore[union-attr]
+        hits += int(probabilities.argmax()) == gold
+        lucky += drawn == gold
+    count = len(logits)
+    assert output.losses["mim"].item() == pytest.approx(loss / count, rel=1e-5)
+    assert output.metrics["entropy"].item() == pytest.approx(entropy / count, rel=1e-5)
+    assert output.metrics["mim_accuracy"].item() == pytest.approx(hits / count)
+    assert output.metrics["sample_accuracy"].item() == pytest.approx(lucky / count)
+
+
+def test_metrics__positive_rate_is_mask_rate_times_generator_error() -> None:
+    metrics = step(tiny_cim(model_config(objective="revdet")), num_images=16).metrics
+    expected = metrics["mask_share"] * (1 - metrics["sample_accuracy"])
+    assert 0 < metrics["sample_accuracy"].item() < 1
+    assert metrics["revdet_positive_rate"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert metrics["replaced_share"].item() == pytest.approx(expected.item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["respix", "revdet"])
+def test_metrics__are_scalars_on_the_device_without_gradient(objective: str) -> None:
+    for name, metric in step(tiny_cim(model_config(objective=objective))).metrics.items():
+        assert metric.shape == (), name
+        assert not metric.requires_grad, name
+
+
+def test_forward__enhancer_loss_reaches_no_weight_that_is_the_generators_own() -> None:
+    cim = tiny_cim(model_config(depth=3))
+    step(cim).losses["respix"].backward()
+    assert all(p.grad is None for p in cim.generator.parameters())
+    assert all(p.grad is not None for p in cim.enhancer.parameters())
+
+
+def test_forward__mim_loss_reaches_shared_layers_and_no_others_of_the_enhancer() -> None:
+    cim = tiny_cim(model_config(shared_blocks=1, depth=2))
+    step(cim).losses["mim"].backward()
+    reached = {name for name, p in cim.enhancer.backbone.named_parameters() if p.grad is not None}
+    assert reached
+    assert all(name.startswith(("patch_embed.", "blocks.0.")) for name in reached)
+    assert all(p.grad is not None for p in cim.generator.parameters())
+
+
+def test_forward__without_sharing_mim_loss_stays_in_the_generator() -> None:
+    cim = tiny_cim(model_config(shared_blocks=0))
+    step(cim).losses["mim"].backward()
+    assert all(p.grad is None for p in cim.enhancer.parameters())
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "test_resnet"])
+@pytest.mark.parametrize("objective", ["respix", "revdet"])
+def test_forward__every_weight_gets_gradient(name: str, objective: str) -> None:
+    cim = tiny_cim(model_config(name=name, objective=objective))
+    step(cim).loss.backward()
+    assert [key for key, p in cim.named_parameters() if p.grad is None] == []
+
+
+def test_parameters__shared_ones_appear_once_under_the_enhancer() -> None:
+    cim = tiny_cim(model_config(shared_blocks=2))
+    names = [name for name, _ in cim.named_parameters(remove_duplicate=False)]
+    assert len(names) == len({id(p) for p in cim.parameters()})
+    assert "enhancer.backbone.blocks.0.attn.qkv.weight" in names
+    assert not any(name.startswith("generator.patch_embed") for name in names)
+    restored = tiny_cim(model_config(shared_blocks=2), seed=1)
+    restored.load_state_dict(cim.state_dict())
+    assert torch.equal(step(cim).loss, step(restored).loss)
+
+
+class LearningTokenizer(FakeTokenizer):
+    """The stand-in with a weight and a mode that a careless model would move."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=16, stride=4)
+        self.weight = nn.Parameter(torch.ones(3))
+        self.dropout = nn.Dropout(0.5)
+
+
+def test_tokenizer__stays_frozen_in_eval_mode_and_out_of_the_state() -> None:
+    tokenizer = LearningTokenizer()
+    cim = tiny_cim(tokenizer=tokenizer)
+    cim.train()
+    step(cim).loss.backward()
+    assert not tokenizer.training
+    assert not tokenizer.dropout.training
+    assert not tokenizer.weight.requires_grad
+    assert tokenizer.weight.grad is None
+    assert not any("tokenizer" in key or "_frozen" in key for key in cim.state_dict())
+    assert id(tokenizer.weight) not in {id(p) for p in cim.parameters()}
+
+
+def test_tokenizer__moves_with_the_model() -> None:
+    tokenizer = LearningTokenizer()
+    tiny_cim(tokenizer=tokenizer).to(torch.float64)
+    assert tokenizer.weight.dtype == torch.float64
+
+
+def test_build__a_missing_tokenizer_is_an_error() -> None:
+    with pytest.raises(ModelError, match=r"tokenizer: must be able to encode and decode, got NoneType"):
+        build_cim(model_config(), None)  # type: ignore[arg-type]
+
+
+def test_build__weights_depend_on_the_seed_alone_and_leave_torchs_generator() -> None:
+    torch.manual_seed(5)
+    first = tiny_cim(seed=3).state_dict()
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1))
+    second, other = tiny_cim(seed=3).state_dict(), tiny_cim(seed=4).state_dict()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert not torch.equal(first["generator.lm_head.weight"], other["generator.lm_head.weight"])
+
+
+def test_forward__depends_on_the_passed_generator_alone() -> None:
+    cim = tiny_cim().eval()
+    torch.manual_seed(1)
+    first = step(cim, seed=7)
+    torch.manual_seed(2)
+    second, other = step(cim, seed=7), step(cim, seed=8)
+    assert torch.equal(first.loss, second.loss)
+    assert torch.equal(first.sampled_BN, second.sampled_BN)
+    assert not torch.equal(first.mask_BN, other.mask_BN)
+
+
+def test_forward__under_bf16_judges_in_float32() -> None:
+    cim = tiny_cim()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = step(cim)
+    assert output.loss.dtype == torch.float32
+    assert output.prediction.dtype == torch.float32
+    assert output.loss.item() == pytest.approx(step(cim).loss.item(), rel=0.2)
+
+
+def test_corrupted__is_the_decoders_picture_at_image_size() -> None:
+    cim = tiny_cim()  # 4 x 4 tokens of 4 pixels, enlarged from 16 to 32
+    output = step(cim)
+    levels = (output.sampled_BN.float() + 0.5) / 16
+    assert output.corrupted_B3HW.shape == (3, 3, 32, 32)
+    assert 0 <= output.corrupted_B3HW.min() <= output.corrupted_B3HW.max() <= 1
+    # Two pixels around the middle of a cell see, in a bicubic enlargement by 2, only that cell.
+    centre = output.corrupted_B3HW[:, 0, 3::8, 3::8].flatten(1)
+    assert torch.allclose(centre, levels, atol=1e-5)
+
+
+@pytest.mark.parametrize(("stride", "side"), [(8, 32), (16, 64), (2, 8)])
+def test_corrupted__has_image_size_at_any_stride(stride: int, side: int) -> None:
+    cim = tiny_cim(tokenizer=FakeTokenizer(vocab_size=16, stride=stride))
+    views = views_for(cim)
+    assert views.token_pixels_B3HW.shape[-1] == side
+    assert cim(views, generator=rng()).corrupted_B3HW.shape == (3, 3, 32, 32)
+
+
+def test_forward__a_tokenizer_view_of_the_wrong_size_is_explained() -> None:
+    cim = tiny_cim()
+    views = views_for(cim)
+    wrong = replace(views, token_pixels_B3HW=views.pixels_B3HW)
+    with pytest.raises(ModelError, match=r"must be 16 x 16 pixels, got 32 x 32: a grid of 4 x 4"):
+        cim(wrong, generator=rng())
+
+
+def test_to_unit__refuses_what_is_not_bytes() -> None:
+    assert to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
+    with pytest.raises(TypeError, match=r"uint8, 0 to 255, got torch.float32"):
+        to_unit(torch.zeros(3))
+
+
+def test_sample_tokens__follows_the_softmax_at_its_temperature() -> None:
+    logits = torch.tensor([0.0, 1.0, -2.0])
+    for temperature in (0.5, 1.0, 2.0):
+        expected = (logits.double() / temperature).softmax(0)
+        draws = sample_tokens(logits.expand(20_000, 3), temperature, rng())
+        share = torch.bincount(draws, minlength=3).double() / 20_000
+        deviation = (expected * (1 - expected) / 20_000).sqrt()
+        assert bool(((share - expected).abs() < 5 * deviation).all())
+
+
+def test_on_device__keeps_a_generator_that_fits() -> None:
+    generator = rng()
+    assert on_device(generator, torch.device("cpu")) is generator
+
+
+@pytest.mark.parametrize("size", [(65, 13), (24, 8)])
+def test_forward__any_grid(size: tuple[int, int]) -> None:
+    image_size, patch_size = size
+    for objective in ("respix", "revdet"):
+        cim = tiny_cim(model_config(objective=objective, image_size=image_size, patch_size=patch_size))
+        output = step(cim)
+        assert output.golden_BN.shape == (3, (image_size // patch_size) ** 2)
+        assert torch.isfinite(output.loss)
+
+
+def test_task__draws_by_step_microbatch_and_rank_and_by_nothing_else() -> None:
+    cim = tiny_cim(model_config(masking=MaskingConfig(min_ratio=0.4, max_ratio=0.6))).eval()
+    task = cim_task(cim, seed=0)
+    views = views_for(cim, num_images=8)
+
+    def mask(*, step: int = 0, micro: int = 0, rank: int = 0, progress: float = 0.0) -> torch.Tensor:
+        return task.losses(views, step=step, micro=micro, rank=rank, progress=progress).mask_BN
+
+    first = mask()
+    assert torch.equal(first, mask(progress=0.9))
+    assert not torch.equal(first, mask(step=1))
+    assert not torch.equal(first, mask(micro=1))
+    assert not torch.equal(first, mask(rank=1))
+
+
+def test_training__learns_one_batch() -> None:
+    cim = tiny_cim(model_config(objective="revdet"))
+    views: Views = views_for(cim, num_images=8)
+    optimizer = torch.optim.AdamW(cim.parameters(), lr=3e-3)
+    losses = []
+    for number in range(40):
+        output = cim(views, generator=rng(number))
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        losses.append(output.metrics["mim_loss"].item())
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])

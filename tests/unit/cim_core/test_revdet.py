@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from cim_core.config import ObjectiveConfig
+from cim_core.objectives.base import Truth
+from cim_core.objectives.revdet import Revdet, balanced_accuracy
+
+REPLACED = torch.tensor([[True, False, False, False], [False, True, True, False]])
+MASK = torch.tensor([[True, True, False, False], [True, True, True, False]])
+
+
+def judge(logits_BN: Tensor, *, replaced: Tensor = REPLACED) -> tuple[Revdet, Tensor, dict[str, Tensor]]:
+    """The objective on features that are the logits themselves."""
+    model = Revdet(ObjectiveConfig(name="revdet"), width=1, feature_side=2, image_size=8, grid=2)
+    torch.nn.init.ones_(model.head.proj.weight)
+    truth = Truth(clean_B3HW=torch.zeros(2, 3, 8, 8), mask_BN=MASK, replaced_BN=replaced)
+    output = model(logits_BN.view(2, 1, 2, 2), truth)
+    assert torch.equal(output.prediction, logits_BN)
+    return model, output.loss, output.metrics
+
+
+def test_loss__is_the_mean_cross_entropy_over_all_positions() -> None:
+    logits = torch.randn(2, 4, generator=torch.Generator().manual_seed(0))
+    _, loss, _ = judge(logits)
+    total = 0.0
+    for logit, label in zip(logits.flatten().tolist(), REPLACED.flatten().tolist(), strict=True):
+        probability = 1 / (1 + math.exp(-logit))
+        total -= math.log(probability if label else 1 - probability)
+    assert loss.item() == pytest.approx(total / 8, rel=1e-5)
+
+
+def test_labels__are_replaced_and_not_masked_positions() -> None:
+    _, right, _ = judge(torch.where(REPLACED, 9.0, -9.0))
+    _, wrong, _ = judge(torch.where(MASK, 9.0, -9.0))
+    assert right.item() < 0.001
+    assert wrong.item() > 1
+
+
+def test_metrics__balanced_accuracy_and_positive_rate() -> None:
+    logits = torch.tensor([[1.0, 1.0, -1.0, -1.0], [-1.0, 1.0, -1.0, -1.0]])
+    _, _, metrics = judge(logits)
+    assert metrics["revdet_balanced_accuracy"].item() == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert metrics["revdet_positive_rate"].item() == pytest.approx(3 / 8)
+
+
+def test_balanced_accuracy__always_no_is_a_half_however_rare_the_positives() -> None:
+    labels = torch.zeros(10, 10, dtype=torch.bool)
+    labels[0, 0] = True
+    assert balanced_accuracy(torch.zeros_like(labels), labels).item() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_balanced_accuracy__counts_one_kind_where_the_other_is_absent(*, kind: bool) -> None:
+    labels = torch.full((1, 4), kind)
+    guessed = torch.tensor([[kind, kind, kind, not kind]])
+    assert balanced_accuracy(guessed, labels).item() == pytest.approx(0.75)
+
+
+def test_picture__is_red_where_the_network_suspects_and_grey_elsewhere() -> None:
+    model, _, _ = judge(torch.zeros(2, 4))
+    logits = torch.tensor([[30.0, -30.0, -30.0, -30.0], [-30.0] * 4])
+    corrupted = torch.rand(2, 3, 8, 8)
+    picture = model.picture(logits, clean_B3HW=corrupted, corrupted_B3HW=corrupted)
+    grey = corrupted.mean(dim=1)
+    assert torch.allclose(picture[0, :, 6, 6], grey[0, 6, 6].expand(3), atol=1e-6)
+    assert torch.allclose(picture[0, :, 1, 1], 0.4 * grey[0, 1, 1] + torch.tensor([0.6, 0.0, 0.0]), atol=1e-6)
