@@ -1,0 +1,106 @@
+"""What a submit can know of the addresses of data."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.contracts.parsing import parse
+from service.jobs.uris import problems
+from tests.unit.service.test_parsing import evaluate, pretrain
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Images at some depth, two shards, an encoder, an empty folder, one with hidden files alone."""
+    for name in ("images/a/b/one.png", "shard-000.tar", "shard-001.tar", "hidden/.DS_Store", "notes.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    (tmp_path / "encoder").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "encoder" / name).touch()
+    return tmp_path
+
+
+def found(spec: dict[str, Any], *, shared_filesystem: bool = True) -> dict[str, str]:
+    return {p.path: p.message for p in problems(parse(spec), shared_filesystem=shared_filesystem)}
+
+
+@pytest.mark.parametrize(
+    "name", ["images", "shard-000.tar", "shard-*.tar", "shard-{000..001}.tar", "**/shard-000.tar"]
+)
+def test_images__what_is_there_is_taken(folder: Path, name: str) -> None:
+    assert found(pretrain(data__uri=str(folder / name))) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "word"),
+    [
+        ("none", "no folder or file"),
+        ("empty", "holds no files"),
+        ("hidden", "holds no files"),
+        ("other-*.tar", "no file fits"),
+        ("other-{000..009}.tar", "no file fits"),
+        ("s-{0..999999999}.tar", "at most 100000 shards"),
+        ("notes.md", "must be a folder or a .tar"),
+        ("images.parquet", ".parquet is not supported"),
+        ("images.tar.gz", ".tar.gz is not supported"),
+    ],
+)
+def test_images__what_is_not_is_refused(folder: Path, name: str, word: str) -> None:
+    (message,) = found(pretrain(data__uri=str(folder / name))).values()
+    assert word in message
+    assert name in message
+
+
+@pytest.mark.parametrize(
+    ("uri", "word"),
+    [
+        ("photos", "must be absolute"),
+        ("./photos", "must be absolute"),
+        ("~/photos", "must be absolute"),
+        ("https://example.org/a.tar", "https:// is not supported"),
+        ("gs://bucket/a", "gs:// is not supported"),
+        ("file:///data", "file:// is not supported"),
+        ("s3://", "s3://bucket/prefix/"),
+        ("s3://B", "s3://bucket/prefix/"),
+    ],
+)
+@pytest.mark.parametrize("shared_filesystem", [True, False])
+def test_images__a_bad_form_is_refused_everywhere(uri: str, word: str, *, shared_filesystem: bool) -> None:
+    problems = found(pretrain(data__uri=uri), shared_filesystem=shared_filesystem)
+    assert set(problems) == {"data.uri"}
+    assert word in problems["data.uri"]
+    assert uri in problems["data.uri"]
+
+
+def test_images__a_bucket_and_the_folders_of_other_machines_are_not_looked_into() -> None:
+    assert found(pretrain(data__uri="s3://bucket/photos/")) == {}
+    assert found(pretrain(data__uri="/no/such/folder"), shared_filesystem=False) == {}
+
+
+def test_places__each_has_its_own_path(folder: Path) -> None:
+    probe = {"train": "a", "val": "b", "every": {"epochs": 1}}
+    assert set(found(pretrain(probe=probe, data__uri=str(folder / "images")))) == {"probe.train", "probe.val"}
+    assert set(found(evaluate(data={"train": "a", "val": "b"}))) == {"data.train", "data.val"}
+
+
+@pytest.mark.parametrize(
+    ("source", "word"),
+    [
+        ("dall-e", "not available in this version"),
+        ("tok", "must be absolute"),
+        ("/none", "lacks config.json"),
+    ],
+)
+def test_tokenizer__an_address_that_cannot_be_is_refused(folder: Path, source: str, word: str) -> None:
+    spec = pretrain(model__tokenizer__source=source, data__uri=str(folder / "images"))
+    assert word in found(spec)["model.tokenizer.source"]
+
+
+def test_encoder__a_folder_with_a_model_is_taken(folder: Path) -> None:
+    data = {"train": str(folder / "images"), "val": str(folder / "images")}
+    assert found(evaluate(encoder=str(folder / "encoder"), data=data)) == {}
+    assert "lacks config.json" in found(evaluate(encoder=str(folder / "images"), data=data))["encoder"]
+    assert "must be absolute" in found(evaluate(encoder="fake", data=data))["encoder"]
