@@ -239,7 +239,7 @@ class TrainingConfig:
     beta1: float = 0.9
     beta2: float = 0.98
     clip_norm: float = 3.0  # 0 switches clipping off
-    precision: Literal["fp32", "bf16"] = "bf16"
+    precision: Literal["fp32", "bf16"] | None = None  # None: bf16 where the device computes it, else fp32
     seed: int = 0
     crop_min: float = 0.08  # smallest area of a random crop, as a share of the picture
     checkpoint_every: Duration | None = None  # None: an epoch

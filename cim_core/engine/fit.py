@@ -13,6 +13,7 @@ from cim_core.config import TrainingConfig
 from cim_core.durations import Plan
 from cim_core.engine import dist
 from cim_core.engine.callbacks import Callbacks, StepReport
+from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import Batch, BatchT, NoSync, StepResult, Task, train_step
 
@@ -53,6 +54,7 @@ def fit(
     Raises:
         NonFiniteError: see `train_step`; on all ranks.
     """
+    training = with_precision(training, device)
     callbacks.on_start(state.step)
     if state.step == 0 and 0 in plan.sample_steps:
         callbacks.on_sample(0)

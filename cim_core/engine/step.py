@@ -192,4 +192,5 @@ def own_randomness(seed: int, *counters: int, device: torch.device) -> Iterator[
 
 def _precision(training: TrainingConfig, device: torch.device) -> AbstractContextManager[None]:
     """Autocast around the forward pass; the weights stay fp32."""
+    assert training.precision is not None, "precision is decided before step one (engine.precision)"
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=training.precision == "bf16")
