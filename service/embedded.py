@@ -37,6 +37,7 @@ Serve = Callable[[Settings, socket.socket, asyncio.Event, Callable[[], None]], C
 
 DEFAULT_PORT, DEFAULT_MLFLOW_PORT = 8000, 5000
 _START_LIMIT_S = 300.0  # 10 to 20 s on two idle cores, minutes on busy ones
+_STARTS = 3  # Ray's node gives up where two cores are shared with much else
 _POLL_S = 0.25
 _END_GRACE_S = 4.0
 _RESTART_PAUSE_S = 5.0
@@ -211,10 +212,14 @@ class _Embedded:
         Raises:
             UpError: it ended, or took too long.
         """
-        deadline = time.monotonic() + _START_LIMIT_S
+        deadline, tries_left = time.monotonic() + _START_LIMIT_S, _STARTS - 1
         while not await _answers(ready):
             if self._children[name].process() is None:
-                raise UpError(f"{name} ended while it started. {self._last_lines(name)}")
+                if tries_left == 0:
+                    raise UpError(f"{name} ended while it started. {self._last_lines(name)}")
+                tries_left -= 1
+                _tell(f"{name} ended while it started, trying again ...")
+                await self._start_again(name)
             if time.monotonic() > deadline:
                 raise UpError(f"{name} is not ready after {_START_LIMIT_S:g} s. {self._last_lines(name)}")
             await asyncio.sleep(_POLL_S)
@@ -232,8 +237,12 @@ class _Embedded:
             for name, child in list(self._children.items()):
                 if child.process() is None and not self._stop.is_set():
                     logger.error("%s has ended; starting it again. %s", name, self._last_lines(name))
-                    await end([child], grace_s=1.0)
-                    self._keep(self._starts[name]())
+                    await self._start_again(name)
+
+    async def _start_again(self, name: str) -> None:
+        """Clear away what a dead child has left, and start another."""
+        await end([self._children[name]], grace_s=1.0)
+        self._keep(self._starts[name]())
 
     async def _unless_stopped(self, work: Coroutine[Any, Any, Result]) -> Result:
         """The result of `work`, unless the user has enough before it is there."""

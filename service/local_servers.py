@@ -65,6 +65,8 @@ class RayHead:
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
             "RAY_TMPDIR": str(self.temp_dir),
             "RAY_USAGE_STATS_ENABLED": "0",
+            # Its node gives up after 15 s on a busy machine; this is how soon we hear of it.
+            "RAY_raylet_start_wait_time_s": "40",
             "AUTOSCALER_METRIC_PORT": str(autoscaler),
             "DASHBOARD_METRIC_PORT": str(dashboard),
             "PYTHONUNBUFFERED": "1",
