@@ -273,6 +273,7 @@ def two_ranks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_two_ranks__nan_on_one_stops_both_before_the_weights_move(
     where: str, two_ranks: list[dict[str, Any]]
@@ -284,6 +285,7 @@ def test_two_ranks__nan_on_one_stops_both_before_the_weights_move(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks__accumulation_without_sync_equals_one_process(two_ranks: list[dict[str, Any]]) -> None:
     whole, result = weights_after(training(accumulation=1, batch_size=8), views(8))
     for seen in two_ranks:
@@ -293,11 +295,13 @@ def test_two_ranks__accumulation_without_sync_equals_one_process(two_ranks: list
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks__only_rank_0_is_asked_to_stop_and_both_do(two_ranks: list[dict[str, Any]]) -> None:
     assert [seen["stopped"] for seen in two_ranks] == [[4, True], [4, True]]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks__reports_are_means_over_ranks(two_ranks: list[dict[str, Any]]) -> None:
     assert two_ranks[0]["reports"] == two_ranks[1]["reports"]
     assert {report["rank"] for report in two_ranks[0]["reports"]} == {0.5}

@@ -183,6 +183,7 @@ def two_ranks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", MODELS)
 def test_two_ranks__cut_twice_end_as_the_uncut_run(name: str, two_ranks: Path) -> None:
     for rank in range(2):
@@ -191,6 +192,7 @@ def test_two_ranks__cut_twice_end_as_the_uncut_run(name: str, two_ranks: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_ranks__together_see_what_one_sees(two_ranks: Path, uncut: tuple[Path, Samples]) -> None:
     both = [samples(two_ranks / "tiny" / "whole", rank) for rank in range(2)]
     per_step = [both[rank][2 * step : 2 * step + 2] for step in range(TOTAL) for rank in range(2)]
