@@ -183,6 +183,7 @@ def _closed_run(stack: Stack, job: JobView) -> Any:
 
 
 def _pictures(stack: Stack, run_id: str, path: str) -> int:
-    entries = stack.mlflow.list_artifacts(run_id, path)
-    below = sum(_pictures(stack, run_id, entry.path) for entry in entries if entry.is_dir)
-    return int(below) + sum(entry.path.endswith(".png") for entry in entries)
+    count = 0
+    for entry in stack.mlflow.list_artifacts(run_id, path):
+        count += _pictures(stack, run_id, entry.path) if entry.is_dir else entry.path.endswith(".png")
+    return count
