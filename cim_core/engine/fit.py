@@ -49,15 +49,10 @@ def fit(
     """Train from `state.step` to the end of `plan`, or until rank 0 wants to stop.
 
     A state that is already finished trains nothing: its reports, picture and checkpoint were made
-    before that checkpoint could be committed.
-
-    Raises:
-        NonFiniteError: see `train_step`; on all ranks.
+    before that checkpoint could be committed. Raises NonFiniteError on all ranks, as `train_step`.
     """
     training = with_precision(training, device)
-    callbacks.on_start(state.step)
-    if state.step == 0 and 0 in plan.sample_steps:
-        callbacks.on_sample(0)
+    _begin(callbacks, state, plan)
     pace = Pace(plan.batch_size, start=state.step)
     stopped = False
     with closing(loader.steps(state.step, plan.total_steps)) as batches:
@@ -76,6 +71,12 @@ def fit(
             if stopped:
                 break
     return FitResult(step=state.step, stopped=stopped)
+
+
+def _begin(callbacks: Callbacks, state: TrainState, plan: Plan) -> None:
+    callbacks.on_start(state.step)
+    if state.step == 0 and 0 in plan.sample_steps:
+        callbacks.on_sample(0)
 
 
 class Pace:
