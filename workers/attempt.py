@@ -40,6 +40,17 @@ class Attempt:
         return self.settings.cache_dir / self.assignment.job_id
 
     @property
+    def image_sets(self) -> dict[str, str]:
+        """The address of every set of images that the job reads, by its role."""
+        spec = self.spec
+        if isinstance(spec, EvaluateSpec):
+            return {"train": spec.data.train, "val": spec.data.val}
+        sets = {"data": spec.data.uri}
+        if isinstance(spec, PretrainSpec) and spec.probe is not None:
+            sets |= {"probe_train": spec.probe.train, "probe_val": spec.probe.val}
+        return sets
+
+    @property
     def run_name(self) -> str:
         """Ray Train's identity of the run. The same name would silently continue an old run."""
         return f"cim-{self.assignment.job_id}-{self.assignment.attempt}"

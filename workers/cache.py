@@ -32,6 +32,11 @@ def locked(target: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def discard(folder: Path) -> None:
+    """Delete the downloads of a job on this node; a retry would want them, a job that is over not."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cache:
     """The downloads of one job on this node. `s3://` is read with the job store's endpoint and region."""
@@ -72,10 +77,6 @@ class Cache:
         if not (last.endswith(".tar") or set(last) & set("*?[{")):
             return str(self._from_s3(uri))
         return str(self._from_s3(head, patterns=expand_braces(last)) / last)
-
-    def discard(self) -> None:
-        """Delete what was downloaded."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _from_s3(self, uri: str, *, patterns: Sequence[str] = ("*",)) -> Path:
         url = "s3://" + uri.removeprefix("s3://").strip("/")

@@ -17,6 +17,7 @@ from cim_core.seeding import generator_for
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from workers.attempt import AnySpec, Attempt, Work
 from workers.cache import Cache
+from workers.rank import Rank
 from workers.reporting import Reporter
 from workers.results import put_json, spec_document
 from workers.storage import JobStore
@@ -41,7 +42,7 @@ def prepare(attempt: Attempt, store: JobStore, *, reporter: Reporter, go_on: Cal
     reporter.say("reading images")
     files = [put_json(store, "spec.json", spec_document(attempt.assignment))]
     indices: dict[str, Index] = {}
-    for role, uri in image_sets(attempt.spec).items():
+    for role, uri in attempt.image_sets.items():
         indices[role] = _read(attempt, store, uri, reporter=reporter)
         go_on()
     files.append(put_json(store, REPORT, data_report({role: i.report() for role, i in indices.items()})))
@@ -59,18 +60,15 @@ def prepare(attempt: Attempt, store: JobStore, *, reporter: Reporter, go_on: Cal
     return work
 
 
-def image_sets(spec: AnySpec) -> dict[str, str]:
-    """Every set of images that a job reads, by its role."""
-    match spec:
-        case TokenizerSpec():
-            return {"data": spec.data.uri}
-        case PretrainSpec():
-            probe = spec.probe
-            return {"data": spec.data.uri} | (
-                {"probe_train": probe.train, "probe_val": probe.val} if probe else {}
-            )
-        case EvaluateSpec():
-            return {"train": spec.data.train, "val": spec.data.val}
+def index_of(rank: Rank, role: str) -> Index:
+    """An image set as the driver found it; its files are brought to this node where they are not here.
+
+    Raises:
+        StoreError: the images' store stayed away.
+    """
+    attempt = rank.attempt
+    Cache(folder=attempt.cache, address=attempt.assignment.store).images(attempt.image_sets[role])
+    return Index.from_json(rank.work.indices[role])
 
 
 def data_report(reports: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
+from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from service.client.errors import ApiError, StaleAttempt
 from service.client.work import WorkClient
-from service.contracts.jobs import Progress
-from service.contracts.work import Finish
+from service.contracts.jobs import FailureKind, Progress
+from service.contracts.work import Assignment, Finish
 from workers.attempt import Attempt, Outcome, Work
+from workers.cache import discard
 from workers.data import prepare
 from workers.failures import EXIT_CODES, ExitCode, classify, is_stale, last_step
 from workers.logs import LogShipper, attach, detach
@@ -56,8 +58,7 @@ def run(settings: WorkerSettings) -> ExitCode:
     service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
     try:
         assignment = service.assignment()
-        with _desk(Attempt.of(settings, assignment), service) as desk:
-            finish = _finish_of(desk)
+        finish = _attempt(settings, assignment, service)
         if finish is None:
             return ExitCode.STALE
         insistently(lambda: service.finish(finish))
@@ -70,6 +71,26 @@ def run(settings: WorkerSettings) -> ExitCode:
     finally:
         service.close()
     return ExitCode.DONE if finish.failure is None else EXIT_CODES[finish.failure.kind]
+
+
+def _attempt(settings: WorkerSettings, assignment: Assignment, service: WorkClient) -> Finish | None:
+    """Do it all; how it ended, or None when the attempt may not say so."""
+    try:
+        attempt = Attempt.of(settings, assignment)
+    except ValidationError as error:
+        log.exception("the assignment cannot be read: are service and workers of one version?")
+        return Finish(outcome="failed", step=0, failure=classify(error, store_url=assignment.store.url))
+    with _desk(attempt, service) as desk:
+        finish = _finish_of(desk)
+    if finish is not None and _is_last(finish):
+        discard(attempt.cache)
+    return finish
+
+
+def _is_last(finish: Finish) -> bool:
+    """Whether no attempt will follow."""
+    failed = finish.failure is not None and finish.failure.kind is FailureKind.USER
+    return failed or finish.outcome == "succeeded"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Shape letters in this file:
     S  images of one set over all ranks      d  feature width
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -13,7 +14,21 @@ from cim_core.data.index import Index
 from cim_core.engine.dist import gather_rows
 from cim_core.evaluation.features import extract
 from cim_core.evaluation.knn import weighted_knn
+from workers.data import index_of
 from workers.rank import Rank
+
+
+class WatchedDataset(ImageDataset):
+    """A data set that tells of every image it reads: hours of extraction must not look like a hang."""
+
+    def __init__(self, index: Index, views: ViewConfig, *, on_image: Callable[[], None]) -> None:
+        super().__init__(index, views)
+        self._on_image = on_image
+
+    def eval_image(self, place: int) -> Tensor:
+        """As the base class says."""
+        self._on_image()
+        return super().eval_image(place)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +52,8 @@ class Labelled:
         """The sets that the driver found under these roles."""
         views = ViewConfig(image_size=image_size)
         return cls(
-            train=ImageDataset(Index.from_json(rank.work.indices[train]), views),
-            val=ImageDataset(Index.from_json(rank.work.indices[val]), views),
+            train=WatchedDataset(index_of(rank, train), views, on_image=rank.reporter.alive),
+            val=WatchedDataset(index_of(rank, val), views, on_image=rank.reporter.alive),
         )
 
     def features(self, rank: Rank, encoder: nn.Module, *, batch_size: int) -> Features:

@@ -12,7 +12,6 @@ from torch import nn
 
 from cim_core.cim import CIM, build_cim
 from cim_core.data.dataset import ImageDataset, ViewConfig
-from cim_core.data.index import Index
 from cim_core.durations import Plan, steps_of
 from cim_core.export import encoder_weights, export_encoder
 from cim_core.samples import sample_grid
@@ -24,6 +23,7 @@ from cim_core.tokenizers.store import load_tokenizer
 from service.contracts.specs import PretrainSpec
 from workers.attempt import Outcome
 from workers.cache import Cache
+from workers.data import index_of
 from workers.neighbours import Labelled, measure
 from workers.rank import Rank
 from workers.results import code_version
@@ -47,7 +47,7 @@ def run_pretrain(rank: Rank) -> Outcome:
         crop_min=spec.training.crop_min,
         seed=seed,
     )
-    dataset = ImageDataset(Index.from_json(rank.work.indices["data"]), views)
+    dataset = ImageDataset(index_of(rank, "data"), views)
     cim = build_cim(spec.model, tokenizer, seed=seed_for(seed, "init", "cim")).to(rank.device)
     outcome = train(
         rank,
@@ -123,7 +123,7 @@ def _finish(rank: Rank, cim: CIM, outcome: Outcome) -> Outcome:
 def _card(rank: Rank, outcome: Outcome) -> dict[str, Any]:
     """Facts of the model card that the model itself does not know."""
     spec = spec_of(rank)
-    index = Index.from_json(rank.work.indices["data"])
+    index = index_of(rank, "data")
     code = code_version()
     return {
         "dataset": spec.data.uri,

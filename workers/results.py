@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import cim_core
 import workers
 from service.contracts.jobs import FileEntry
 from service.contracts.work import Assignment
-from workers.storage import JobStore
+from workers.storage import JobStore, patiently
 
 DISTRIBUTION = "cim-service"
 LIBRARIES = ("numpy", "pillow", "pyarrow", "ray", "safetensors", "timm", "torch", "torchvision")
@@ -83,10 +84,11 @@ def earlier_files(store: JobStore, prefix: str, known: Sequence[FileEntry]) -> l
     """
     names = {entry.path for entry in known}
     found = []
-    for stored in store.store.list(f"{store.prefix}/{prefix}"):
+    there = patiently(lambda: store.store.list(f"{store.prefix}/{prefix}"), what=f"listing {prefix}")
+    for stored in there:
         path = stored.key.removeprefix(f"{store.prefix}/")
         if path not in names:
-            data = store.store.get_bytes(stored.key)
+            data = patiently(partial(store.store.get_bytes, stored.key), what=f"reading {path}")
             digest = hashlib.sha256(data).hexdigest()
             found.append(FileEntry(path=path, size=len(data), sha256=digest))
     return found

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from cim_core.data.dataset import ImageDataset, ViewConfig
-from cim_core.data.index import Index
 from cim_core.seeding import generator_for
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.evaluate import evaluate_tokenizer, reconstruction_grid
@@ -18,7 +17,7 @@ from cim_core.tokenizers.store import save_tokenizer
 from cim_core.tokenizers.task import tokenizer_task
 from service.contracts.specs import TokenizerSpec
 from workers.attempt import Outcome
-from workers.data import held_out
+from workers.data import held_out, index_of
 from workers.rank import Rank
 from workers.training import Training, conclude, fixed_views, train
 
@@ -30,7 +29,7 @@ def run_tokenizer(rank: Rank) -> Outcome:
     spec = rank.attempt.spec
     assert isinstance(spec, TokenizerSpec), f"not a tokenizer job: {spec.kind}"
     seed = spec.training.seed
-    kept, out = held_out(Index.from_json(rank.work.indices["data"]), seed=seed)
+    kept, out = held_out(index_of(rank, "data"), seed=seed)
     views = ViewConfig(image_size=spec.model.image_size, crop_min=spec.training.crop_min, seed=seed)
     dataset, unseen = ImageDataset(kept, views), ImageDataset(out, views)
     model = DiscreteVAE(spec.model, generator=generator_for(seed, "init", "tokenizer")).to(rank.device)

@@ -8,7 +8,10 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+import ray.train
+
 from workers.attempt import Outcome, Work
+from workers.cache import discard
 from workers.rank import Rank, rank_of
 
 # Kind of a job: module and function that do it.
@@ -27,7 +30,11 @@ def train_loop(config: dict[str, Any]) -> Outcome:
     """
     work: Work = config["work"]
     with rank_of(work) as rank:
-        return job_of(work.attempt.spec.kind)(rank)
+        outcome = job_of(work.attempt.spec.kind)(rank)
+        # The other ranks of this node have read their last image: the last step was taken together.
+        if not outcome.stopped and ray.train.get_context().get_local_rank() == 0:
+            discard(work.attempt.cache)
+        return outcome
 
 
 def job_of(kind: str) -> Callable[[Rank], Outcome]:

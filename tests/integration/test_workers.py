@@ -40,6 +40,7 @@ VIT = {
 @pytest.fixture(scope="module")
 def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A local Ray of two CPUs, ended with the module."""
+    # Ray reads these in the processes that it starts, so a test's own patching would be too late.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     context = ray.init(
