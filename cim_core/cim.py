@@ -31,6 +31,7 @@ from cim_core.registry import DEFAULT_WEIGHTS, build_objective
 from cim_core.seeding import seed_for
 from cim_core.tokenizers.base import Tokenizer
 
+FAKE_SOURCE = "fake"  # the only way to get the stand-in of tests
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -181,7 +182,12 @@ def build_cim(config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0) -> CI
     if not callable(getattr(tokenizer, "encode", None)) or not callable(getattr(tokenizer, "decode", None)):
         raise ModelError(
             f"tokenizer: must be able to encode and decode, got {type(tokenizer).__name__}; train one "
-            "(kind: tokenizer) or name the stand-in of tests, source: fake, explicitly"
+            f"(kind: tokenizer) or name the stand-in of tests explicitly, source: {FAKE_SOURCE}"
+        )
+    if tokenizer.is_fake and config.tokenizer.source != FAKE_SOURCE:
+        raise ModelError(
+            f"tokenizer.source: {config.tokenizer.source!r} gave the untrained stand-in of tests, which "
+            f"would make the training worthless; write source: {FAKE_SOURCE} where that is meant"
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "init", "cim"))

@@ -184,7 +184,7 @@ def _square(value: Any) -> int | None:
 
 
 def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> BackbonePlan:
-    """Build, run and differentiate once; raise unless every parameter gets a gradient."""
+    """Build and run once; raise unless every parameter gets a gradient."""
     try:
         model = build_on_meta(name, args).train()
     except TypeError as error:
@@ -202,8 +202,8 @@ def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> Backb
     layout, width, side, num_prefix = _describe(model, features)
     if side != before[2]:
         raise ModelError(f"its head shrinks the {before[2]} x {before[2]} feature map")
-    to_map(features, layout=layout, num_prefix=num_prefix, side=side).float().sum().backward()  # type: ignore[no-untyped-call]
-    idle = [key for key, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    reached = _parameters_behind(to_map(features, layout=layout, num_prefix=num_prefix, side=side))
+    idle = [key for key, p in model.named_parameters() if p.requires_grad and p not in reached]
     if idle:
         shown = ", ".join(idle[:3]) + (f" and {len(idle) - 3} more" if len(idle) > 3 else "")
         raise _IdleLayersError(f"its layers behind the features ({shown}) would never be trained")
@@ -225,6 +225,22 @@ def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> Backb
         heads=_num_heads(blocks) if is_vit else None,
         depth=len(blocks) if is_vit and hasattr(model, "blocks") else None,
     )
+
+
+def _parameters_behind(features: Tensor) -> set[nn.Parameter]:
+    """Those that a backward pass from `features` would reach; read off the graph, which is much cheaper."""
+    reached: set[nn.Parameter] = set()
+    seen: set[Any] = set()
+    todo: list[Any] = [features.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            reached.add(node.variable)
+        todo += [parent for parent, _ in node.next_functions]
+    return reached
 
 
 def _describe(model: nn.Module, features: Tensor) -> tuple[Layout, int, int, int]:

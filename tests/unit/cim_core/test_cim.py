@@ -48,7 +48,7 @@ def test_forward__mim_loss_and_generator_metrics_match_slow_loops() -> None:
     for row, gold, drawn in zip(logits, golden.tolist(), sampled.tolist(), strict=True):
         probabilities = row.exp() / row.exp().sum()
         loss -= probabilities[gold].log().item()
-        entropy -= sum(p * p.log() for p in probabilities).item()  # type: ignore[union-attr]
+        entropy -= sum(p * p.log() for p in probabilities).item()
         hits += int(probabilities.argmax()) == gold
         lucky += drawn == gold
     count = len(logits)
@@ -75,14 +75,14 @@ def test_metrics__are_scalars_on_the_device_without_gradient(objective: str) -> 
 
 def test_forward__enhancer_loss_reaches_no_weight_that_is_the_generators_own() -> None:
     cim = tiny_cim(model_config(depth=3))
-    step(cim).losses["respix"].backward()
+    step(cim).losses["respix"].backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in cim.generator.parameters())
     assert all(p.grad is not None for p in cim.enhancer.parameters())
 
 
 def test_forward__mim_loss_reaches_shared_layers_and_no_others_of_the_enhancer() -> None:
     cim = tiny_cim(model_config(shared_blocks=1, depth=2))
-    step(cim).losses["mim"].backward()
+    step(cim).losses["mim"].backward()  # type: ignore[no-untyped-call]
     reached = {name for name, p in cim.enhancer.backbone.named_parameters() if p.grad is not None}
     assert reached
     assert all(name.startswith(("patch_embed.", "blocks.0.")) for name in reached)
@@ -91,7 +91,7 @@ def test_forward__mim_loss_reaches_shared_layers_and_no_others_of_the_enhancer()
 
 def test_forward__without_sharing_mim_loss_stays_in_the_generator() -> None:
     cim = tiny_cim(model_config(shared_blocks=0))
-    step(cim).losses["mim"].backward()
+    step(cim).losses["mim"].backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in cim.enhancer.parameters())
 
 
@@ -99,7 +99,7 @@ def test_forward__without_sharing_mim_loss_stays_in_the_generator() -> None:
 @pytest.mark.parametrize("objective", ["respix", "revdet"])
 def test_forward__every_weight_gets_gradient(name: str, objective: str) -> None:
     cim = tiny_cim(model_config(name=name, objective=objective))
-    step(cim).loss.backward()
+    step(cim).loss.backward()  # type: ignore[no-untyped-call]
     assert [key for key, p in cim.named_parameters() if p.grad is None] == []
 
 
@@ -127,7 +127,7 @@ def test_tokenizer__stays_frozen_in_eval_mode_and_out_of_the_state() -> None:
     tokenizer = LearningTokenizer()
     cim = tiny_cim(tokenizer=tokenizer)
     cim.train()
-    step(cim).loss.backward()
+    step(cim).loss.backward()  # type: ignore[no-untyped-call]
     assert not tokenizer.training
     assert not tokenizer.dropout.training
     assert not tokenizer.weight.requires_grad

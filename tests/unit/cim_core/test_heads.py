@@ -20,6 +20,7 @@ def test_detection_head__gives_one_logit_a_position(side: int) -> None:
 def test_pixel_head__is_one_linear_layer_per_token_where_the_sides_fit() -> None:
     head = PixelHead(8, feature_side=2, target_side=8)
     features = torch.randn(1, 8, 2, 2)
+    assert head.proj.bias is not None
     patch = head.proj.weight[:, :, 0, 0] @ features[0, :, 1, 0] + head.proj.bias
     expected = patch.view(3, 4, 4)
     assert torch.allclose(head(features)[0, :, 4:8, 0:4], expected, atol=1e-6)
