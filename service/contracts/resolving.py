@@ -17,7 +17,8 @@ _SAMPLE_PARTS = 10
 def resolve(spec: TokenizerSpec | PretrainSpec | EvaluateSpec) -> dict[str, Any]:
     """The spec as a document in which no default is open; resolving that again changes nothing.
 
-    The spec must have passed `parsing.parse`. Keys that stand for "not wanted" are left out.
+    The spec must have passed `parsing.parse`. Keys that stand for "not wanted" are left out, and so
+    is `training.precision` where it is open: only the worker knows its device.
     """
     if isinstance(spec, PretrainSpec):
         spec = spec.model_copy(update={"model": _model(spec.model)})
