@@ -5,7 +5,6 @@ Starting a Ray Train run costs tens of seconds on two cores, so each test here p
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -194,7 +193,7 @@ def test_killed_worker__is_infrastructure_and_the_next_attempt_resumes_from_the_
     bench = Bench(tmp_path, spec, ray_address=ray_address, job_id="d" * 16)
     with bench.attempt() as (work, process):
         work.wait_for_checkpoint(timeout_s=500)
-        os.kill(rank_processes()[-1], signal.SIGKILL)
+        rank_processes()[-1].kill()
         assert process.wait(timeout=500) == 11, bench.log()
     (finish,) = work.finishes
     assert finish.outcome == "failed"
@@ -217,14 +216,12 @@ def test_killed_worker__is_infrastructure_and_the_next_attempt_resumes_from_the_
     assert bench.file(f"{again.checkpoints[-1].prefix}/manifest.json").exists()
 
 
-def rank_processes() -> list[int]:
-    """Processes of Ray Train's workers, oldest first. Ray names them after the class."""
+def rank_processes() -> list[psutil.Process]:
+    """Ray Train's workers of this test's Ray alone, oldest first. Ray names them after the class."""
     found = [
-        p
-        for p in psutil.process_iter(["cmdline", "create_time"])
-        if "RayTrainWorker" in " ".join(p.info["cmdline"] or [])
+        p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())
     ]
-    return [p.pid for p in sorted(found, key=lambda p: p.info["create_time"])]
+    return sorted(found, key=lambda process: process.create_time())
 
 
 def test_user_errors__end_the_attempt_with_a_sentence(ray_address: str, photos: Path, tmp_path: Path) -> None:
