@@ -32,7 +32,14 @@ class Child:
 
     @classmethod
     def start(
-        cls, name: str, command: Sequence[str], *, env: Mapping[str, str], log: Path, cwd: Path
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str],
+        log: Path,
+        cwd: Path,
+        niceness: int = 0,
     ) -> Self:
         """Start `command` in a session of its own; both its outputs are appended to `log`."""
         with log.open("ab") as output:
@@ -46,7 +53,10 @@ class Child:
                 start_new_session=True,
             )
         # A child that ended at once is still there to be asked: nobody has waited for it.
-        return cls(name=name, pid=process.pid, create_time=psutil.Process(process.pid).create_time())
+        started = psutil.Process(process.pid)
+        if niceness:
+            started.nice(niceness)
+        return cls(name=name, pid=process.pid, create_time=started.create_time())
 
     def process(self) -> psutil.Process | None:
         """The running process; None when it is gone, a zombie, or its pid belongs to another one."""

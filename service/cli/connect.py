@@ -1,6 +1,9 @@
 """How a command finds the service and speaks to it, and how its errors reach the user."""
 
 import json
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +11,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from service.cli.specs import SpecFileError
+from service.cli.specs import Spec, SpecFileError
 
 if TYPE_CHECKING:
     from service.client import Client
@@ -73,6 +76,23 @@ class Commands(TyperGroup):
         except CorruptDownloadError as error:
             say(error)
             ctx.exit(FAILED)
+
+
+@contextmanager
+def naming(specs: Sequence[Spec]) -> Iterator[None]:
+    """Let the service's refusal of these specs call them by name: `street: ` for `[1].`."""
+    from service.client.errors import ApiError
+
+    def name(match: re.Match[str]) -> str:
+        number = int(match[1])
+        return f"{specs[number].get('name')}: " if number < len(specs) else match[0]
+
+    try:
+        yield
+    except ApiError as error:
+        if error.status not in WRONG_INPUT:
+            raise
+        raise SpecFileError(re.sub(r"^\[(\d+)\]\.", name, str(error), flags=re.MULTILINE)) from error
 
 
 def say(message: object) -> None:

@@ -24,6 +24,7 @@ from service.cli.connect import (
     Commands,
     connect,
     err,
+    naming,
     out,
     print_json,
     print_json_line,
@@ -96,7 +97,8 @@ def submit(
     """Queue every spec of a file, all or none."""
     found = specs.load(file, sets=sets)
     with connect(url, data_dir) as client:
-        jobs = client.submit(found)
+        with naming(found):
+            jobs = client.submit(found)
         if watching:
             _watch(client, [job.id for job in jobs], as_json=as_json)
         elif as_json:
@@ -118,7 +120,7 @@ def validate(
     from service.cli import render
 
     found = specs.load(file, sets=sets)
-    with connect(url, data_dir) as client:
+    with connect(url, data_dir) as client, naming(found):
         validation = client.validate(found)
     for warning in validation.warnings:
         say(f"warning: {warning}")

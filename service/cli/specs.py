@@ -24,7 +24,7 @@ FLOAT = re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?[eE][-+]?[0-9]+$")
 
 
 class SpecFileError(ValueError):
-    """A spec file or a `--set` cannot be read; nothing was sent."""
+    """A spec file or a `--set` is wrong; nothing was queued."""
 
 
 class _Loader(yaml.SafeLoader):

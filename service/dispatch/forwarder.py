@@ -198,7 +198,7 @@ def describe(job: JobRow, *, public_url: str) -> str:
         "API": f"{public_url}/docs",
     }
     lines = [
-        f"**{job.kind}** job `{job.name}` (`{job.id}`): {job.state}. {job.reason}".rstrip(),
+        f"**{job.kind}** job `{job.name}` (`{job.id}`): {job.reason or job.state}",
         "",
         "- " + " · ".join(f"[{text}]({address})" for text, address in links.items()),
         f"- artifacts lie under `{job_prefix(job.id)}/` of the object store",

@@ -39,6 +39,7 @@ class RayLauncher:
 
     async def submit(self, submission: Submission) -> None:
         """Start a job, or adopt the one that has its id."""
+        assert not any("$" in value for value in submission.env.values()), "Ray would expand $NAME in it"
         body = {
             "submission_id": submission.id,
             "entrypoint": shlex.join(submission.command),

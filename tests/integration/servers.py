@@ -23,7 +23,7 @@ S3_KEYS = {  # any do for the S3 server of the tests; workers find them in the c
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "us-east-1",
 }
-_TRIES = 3  # a Ray node gives up when the machine is busy
+_TRIES = 5  # a Ray node gives up when the machine is busy
 
 
 @dataclass(frozen=True, kw_only=True)
