@@ -73,7 +73,7 @@ class Bars:
             "details": details(job),
         }
         if job.id not in self._tasks:
-            self._tasks[job.id] = self._progress.add_task(job.name, total=None, start=False, **fields)
+            self._tasks[job.id] = self._progress.add_task(job.name, total=None, **fields)
         task = self._tasks[job.id]
         total = job.progress.total_steps or (1 if job.state in FINAL else None)
         done = total if job.state == JobState.SUCCEEDED else job.progress.step

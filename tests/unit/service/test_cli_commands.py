@@ -157,6 +157,18 @@ def test_submit__sends_the_specs_and_prints_the_jobs(run: Run, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("command", ["submit", "validate"])
+def test_submit__mistakes_bear_the_name_of_their_spec(run: Run, command: str) -> None:
+    errors = [
+        FieldProblem(path="[1].training.epochs", message="must be above 0"),
+        FieldProblem(path="[7].x", message="see [1]. too"),
+    ]
+    server = Server(problem(422, "invalid_spec", errors=errors))
+    result = run(server, *at(command, "-"), stdin="name: a\n---\nname: b\n")
+    assert result.exit_code == 2
+    assert result.stderr == "b: training.epochs: must be above 0\n[7].x: see [1]. too\n"
+
+
 def test_submit__from_standard_input_as_json(run: Run) -> None:
     result = run(Server(ok([job()])), *at("submit", "-", "--json"), stdin="name: x")
     assert json.loads(result.stdout) == [job().model_dump(mode="json")]

@@ -127,3 +127,5 @@ def test_bars__show_the_latest_of_each_job() -> None:
     assert "100/100 (100%)" in street
     assert "other" in other
     assert "7/100 (7%)" in other
+    assert street.count("━") == 24  # the bar's whole width
+    assert other.count("━") == 1  # 1.68 cells: one, and a half one
