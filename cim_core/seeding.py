@@ -7,7 +7,8 @@ what the uncut run drew there, and no two streams depend on how often the other 
 Streams in use:
     "order", epoch                  order of the images in one epoch
     "augment", epoch, index         crop and flip of one image in one epoch
-    "step", step, rank, micro       everything inside one forward pass
+    "step", step, rank, micro       everything inside one forward pass that torch draws by itself
+    "cim", step, rank, micro        masks and samples of one forward pass of a CIM model
     "init", name                    weights before step one
     "loader"                        base seed of the loader's processes (decides nothing we use)
 """

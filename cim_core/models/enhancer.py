@@ -6,6 +6,7 @@ Shape letters in this file:
 """
 
 import timm
+from timm.layers import DropPath
 from torch import Tensor, nn
 
 from cim_core.config import EnhancerConfig
@@ -31,6 +32,8 @@ class Enhancer(nn.Module):
         )
         self.image_size = image_size
         self.backbone: nn.Module = timm.create_model(self.plan.name, **self.plan.train_args)
+        if not any("drop" in key for key in config.options):
+            _switch_off_dropout(self.backbone)
         if self.plan.can_share:
             init_plain_vit(self.backbone)
 
@@ -84,6 +87,15 @@ class Enhancer(nn.Module):
         blocks = list(self.backbone.blocks)[:num_blocks]  # type: ignore[arg-type]
         embed: nn.Module = self.backbone.patch_embed  # type: ignore[assignment]
         return SharedLayers(patch_embed=embed, blocks=blocks, width=plan.width, heads=plan.heads)
+
+
+def _switch_off_dropout(backbone: nn.Module) -> None:
+    """A few networks of timm drop paths by default; the method has neither dropout nor stochastic depth."""
+    for part in backbone.modules():
+        if isinstance(part, DropPath):
+            part.drop_prob = 0.0
+        elif isinstance(part, nn.Dropout):
+            part.p = 0.0
 
 
 def _what_it_is(backbone: nn.Module) -> str:

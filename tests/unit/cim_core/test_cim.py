@@ -1,13 +1,16 @@
 from dataclasses import replace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
+from cim_core import masking
 from cim_core.cim import CIM, StepOutput, build_cim, on_device, sample_tokens, to_unit
-from cim_core.config import MaskingConfig
+from cim_core.config import MaskingConfig, ObjectiveConfig
 from cim_core.data.dataset import Views
 from cim_core.errors import ModelError
+from cim_core.registry import DEFAULT_WEIGHTS, OBJECTIVES
 from cim_core.task import cim_task
 from cim_core.tokenizers.fake import FakeTokenizer
 from tests.unit.cim_core.cim_models import model_config, rng, tiny_cim, views_for
@@ -140,6 +143,12 @@ def test_tokenizer__moves_with_the_model() -> None:
     tokenizer = LearningTokenizer()
     tiny_cim(tokenizer=tokenizer).to(torch.float64)
     assert tokenizer.weight.dtype == torch.float64
+
+
+def test_registry__has_every_choice_of_the_configuration_and_no_other() -> None:
+    choices = set(get_args(get_type_hints(ObjectiveConfig)["name"]))
+    assert set(OBJECTIVES) == set(DEFAULT_WEIGHTS) == choices
+    assert set(masking._STRATEGIES) == set(get_args(get_type_hints(MaskingConfig)["strategy"]))
 
 
 def test_build__a_missing_tokenizer_is_an_error() -> None:

@@ -2,6 +2,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from timm.layers import DropPath
 
 from cim_core.config import EnhancerConfig, Scalar
 from cim_core.errors import ModelError
@@ -70,8 +71,17 @@ def test_swin__channels_are_moved_to_the_front() -> None:
 
 def test_patch_size__reaches_vits_only() -> None:
     assert plan_backbone("deit3_small_patch16_224", image_size=40, patch_size=5).train_args["patch_size"] == 5
-    for name, size in (("swin_tiny_patch4_window7_224", 96), ("resnet18", 64), ("vit_base_r50_s16_224", 64)):
+    for name, size in (("swin_tiny_patch4_window7_224", 96), ("resnet18", 64), ("vit_tiny_r_s16_p8_224", 64)):
         assert "patch_size" not in plan_backbone(name, image_size=size, patch_size=8).train_args
+
+
+def test_dropout__and_stochastic_depth_are_off_unless_asked_for() -> None:
+    def rates(enhancer: Enhancer) -> set[float]:
+        return {part.drop_prob for part in enhancer.modules() if isinstance(part, DropPath)}
+
+    assert rates(build("nest_tiny", size=224)) == {0.0}
+    asked = build("vit_tiny_patch16_224", options={**TINY_VIT, "drop_path_rate": 0.2})
+    assert max(rates(asked)) == pytest.approx(0.2)
 
 
 def test_cnn__last_stage_is_part_of_the_map() -> None:
@@ -82,7 +92,7 @@ def test_cnn__last_stage_is_part_of_the_map() -> None:
 def test_plain_vit__starts_as_the_table_says_and_others_as_timm_says() -> None:
     vit = build("vit_tiny_patch16_224", options={"depth": 3})
     blocks = vit.backbone.blocks
-    assert float(blocks[2].attn.proj.weight.detach().abs().max()) <= 0.02 / 6**0.5 + 1e-7  # type: ignore[index, union-attr, operator]
+    assert float(blocks[2].attn.proj.weight.detach().abs().max()) <= 0.02 / 6**0.5 + 1e-7  # type: ignore[index, union-attr]
     resnet = build("resnet18")
     assert float(resnet.backbone.conv1.weight.detach().abs().max()) > 0.02  # type: ignore[union-attr, operator]
 
@@ -130,12 +140,12 @@ def test_name__a_tag_names_weights_and_is_dropped() -> None:
     [
         ("cait_xxs24_224", "serve the class token alone"),
         ("vgg11", "would never be trained"),
-        ("crossvit_9_240", "list, not one map"),
+        ("pit_ti_224", "one vector for the whole image"),
     ],
 )
 def test_name__a_network_that_cannot_serve_says_why(name: str, why: str) -> None:
-    with pytest.raises(ModelError, match=rf"{name} cannot serve at 240 pixels: .*{why}"):
-        plan_backbone(name, image_size=240)
+    with pytest.raises(ModelError, match=rf"{name} cannot serve at 64 pixels: .*{why}"):
+        plan_backbone(name, image_size=64)
 
 
 def test_options__that_timm_does_not_know_are_named() -> None:
