@@ -28,7 +28,7 @@ class RayHead:
 
     def command(self, *, num_cpus: int) -> list[str]:
         """`ray start`, staying in the foreground, with every port that has a fixed default replaced."""
-        agent, agent_grpc, runtime_env, metrics, node, objects = free_ports(6)
+        agent, agent_grpc, runtime_env, metrics, node, objects, client = free_ports(7)
         options = {
             "node-ip-address": LOOPBACK,
             "port": self.gcs_port,
@@ -38,7 +38,7 @@ class RayHead:
             "temp-dir": self.temp_dir,
             "num-cpus": num_cpus,
             "object-store-memory": _OBJECT_STORE_BYTES,
-            "ray-client-server-port": 0,  # none: a process less
+            "ray-client-server-port": client,
             "dashboard-agent-listen-port": agent,
             "dashboard-agent-grpc-port": agent_grpc,
             "runtime-env-agent-port": runtime_env,
