@@ -42,13 +42,25 @@ def ray_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     # Ray reads these in the processes that it starts, so a test's own patching would be too late.
     os.environ["RAY_AUTH_MODE"] = "disabled"
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    context = ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
-    )
+    context = start_ray()
     try:
         yield str(context.address_info["gcs_address"])
     finally:
         ray.shutdown()
+
+
+def start_ray(*, tries: int = 3) -> Any:
+    """Ray gives a node 30 seconds to come up, which a busy machine may miss."""
+    for left in reversed(range(tries)):
+        try:
+            return ray.init(
+                num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False
+            )
+        except Exception:
+            ray.shutdown()
+            if not left:
+                raise
+    raise AssertionError("unreachable")
 
 
 @pytest.fixture(scope="module")
