@@ -4,6 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from cim_core.data.loading import ImageLoader
 from cim_core.data.sampler import SampleId
 from cim_core.durations import Plan
 from cim_core.engine.fit import fit
+from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import Task
 from cim_core.optim import build_optimizer
@@ -53,10 +55,11 @@ def train(rank: Rank, training: Training) -> Outcome:
         StoreError: a checkpoint or picture cannot be stored.
     """
     config, plan = config_of(rank), plan_of(rank)
+    log.info("%d steps in %s", plan.total_steps, config.precision)
     state = TrainState(model=training.model, optimizer=build_optimizer(training.model, config))
     callbacks = RankCallbacks(
         rank=rank,
-        writer=CheckpointWriter(rank.store, rank.service, fingerprint=fingerprint(rank.work)),
+        writer=CheckpointWriter(rank.store, rank.service, fingerprint=_fingerprint(rank)),
         picture=training.picture,
         probe=training.probe,
         probe_steps=training.probe_steps,
@@ -95,10 +98,10 @@ def conclude(rank: Rank, outcome: Outcome) -> Outcome:
 
 
 def config_of(rank: Rank) -> TrainingConfig:
-    """The training section of the spec."""
+    """The training section of the spec, its precision decided by this rank's device."""
     spec = rank.attempt.spec
     assert not isinstance(spec, EvaluateSpec), "an evaluation trains nothing"
-    return spec.training
+    return with_precision(spec.training, rank.device)
 
 
 def plan_of(rank: Rank) -> Plan:
@@ -121,9 +124,15 @@ def _resume(rank: Rank, state: TrainState) -> dict[str, float]:
         return {}
     rank.say(f"resuming from step {checkpoint.step}")
     folder = fetch(checkpoint, rank.store, rank.attempt.cache)
-    metrics = restore(state, folder, fingerprint=fingerprint(rank.work))
+    metrics = restore(state, folder, fingerprint=_fingerprint(rank))
     log.info("resumed from step %d", state.step)
     return metrics
+
+
+def _fingerprint(rank: Rank) -> dict[str, Any]:
+    """What a checkpoint must share with this attempt; a precision left open is the one in use."""
+    made = fingerprint(rank.work)
+    return {**made, "training": {**made["training"], "precision": config_of(rank).precision}}
 
 
 def _wrapped(model: nn.Module, rank: Rank) -> nn.Module:
