@@ -55,7 +55,7 @@ def run(specs: list[demo_data.Spec], notes: Sequence[str], *, console: Console) 
     data_dir = DATA_DIR.absolute()
     console.print(f"Starting the service (API, Ray, MLflow) on {data_dir} ...", soft_wrap=True)
     with running(data_dir, environ=os.environ) as service, Client(service.api) as client:
-        console.print(f"API docs {service.api}/docs   MLflow {service.mlflow}   (while the demo runs)")
+        console.print(f"While it runs: API docs {service.api}/docs, MLflow {service.mlflow}", soft_wrap=True)
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         submitted = client.submit(specs)
