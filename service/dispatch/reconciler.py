@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import assert_never
 
-from service.contracts.jobs import FINAL, JobState, LogLine
+from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import attempt_token
 from service.db.engine import Sessions
 from service.dispatch import observe, record
@@ -186,12 +186,8 @@ class Reconciler:
         logger.info("job %s: attempt %d submitted", job_id, attempt)
 
     async def _change(self, observed: Observed, decided: Change) -> None:
-        now = self._clock()
-        job = observed.job
-        if job.state is JobState.STOPPING and (decided.dst in FINAL or decided.dst is JobState.PAUSED):
-            # It was seen to be gone, else it would not have been decided.
-            await record.gone(self._sessions, job.id, job.attempt, now=now)
-        if await record.change(self._sessions, observed, decided, now=now):
+        if await record.change(self._sessions, observed, decided, now=self._clock()):
+            job = observed.job
             logger.info("job %s: %s -> %s (%s)", job.id, job.state, decided.dst, decided.reason)
 
     async def _stop(self, job_id: str, attempt: int) -> None:
