@@ -17,7 +17,7 @@ from scripts import demo_data
 from scripts.demo_service import DemoError, Service, running
 from service.cli.watch import display_for, watch
 from service.client import ApiError, Client
-from service.contracts.jobs import JobState, JobView
+from service.contracts.jobs import FINAL, JobState, JobView
 
 DATA_DIR = Path(".cim-demo")
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
@@ -58,12 +58,22 @@ def run(specs: list[demo_data.Spec], notes: Sequence[str], *, console: Console) 
         console.print(f"While it runs: API docs {service.api}/docs, MLflow {service.mlflow}", soft_wrap=True)
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
+        cancel_leftovers(client, console=console)
         submitted = client.submit(specs)
         jobs = watch(client, [job.id for job in submitted], display=display_for(console))
         _check(jobs, service)
         tokenizer, pretrain, evaluate = jobs
         console.print(table(client, tokenizer, pretrain, evaluate))
         _print_paths(client, pretrain, data_dir / "results" / pretrain.id, console=console)
+
+
+def cancel_leftovers(client: Client, *, console: Console) -> None:
+    """Jobs of an interrupted demo would go on now, and take the cores from this one."""
+    left = [job for job in client.jobs() if job.state not in FINAL]
+    for job in left:
+        client.cancel(job.id)
+    if left:
+        console.print(f"note: cancelled {len(left)} unfinished jobs of an interrupted demo")
 
 
 def table(client: Client, tokenizer: JobView, pretrain: JobView, evaluate: JobView) -> Table:

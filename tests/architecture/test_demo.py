@@ -1,17 +1,23 @@
 """The demo's specs are valid, take the user's pictures, and its service leaves nothing behind."""
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+from rich.console import Console
 
 from scripts import demo, demo_data, demo_service
 from scripts.demo_service import DemoError
+from service.client import Client
+from service.contracts.jobs import FINAL, JobState, JobView
 from service.contracts.parsing import parse_all
 
 # A child that starts one of its own, tells its pid, and minds SIGTERM as argument 1 says.
@@ -127,3 +133,32 @@ def test_running__sigterm_ends_the_service_too(tmp_path: Path, monkeypatch: pyte
         signal.raise_signal(signal.SIGTERM)
     assert service.process.returncode == 0
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+class FewJobs:
+    """As much of a client as `cancel_leftovers` needs."""
+
+    def __init__(self, jobs: list[JobView]) -> None:
+        self._jobs = jobs
+        self.cancelled: list[str] = []
+
+    def jobs(self) -> list[JobView]:
+        return self._jobs
+
+    def cancel(self, ref: str) -> None:
+        self.cancelled.append(ref)
+
+
+def job_in(state: JobState) -> JobView:
+    fields: dict[str, Any] = {"desired": "run", "reason": "", "priority": 50, "labels": {}, "spec": {}}
+    created = datetime(2026, 1, 1, tzinfo=UTC)
+    return JobView(
+        id=f"job-{state}", name="x", kind="tokenizer", state=state, resolved={}, created_at=created, **fields
+    )
+
+
+def test_demo__unfinished_jobs_of_an_interrupted_demo_are_cancelled() -> None:
+    client = FewJobs([job_in(state) for state in JobState])
+    console = Console(file=io.StringIO())
+    demo.cancel_leftovers(cast("Client", client), console=console)
+    assert set(client.cancelled) == {f"job-{state}" for state in JobState if state not in FINAL}
