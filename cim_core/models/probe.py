@@ -11,7 +11,7 @@ Shape letters in this file:
 import difflib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import timm
@@ -74,13 +74,15 @@ def plan_backbone(
     base = {"num_classes": 0, **(options or {})}
     for sizes in _size_candidates(name, base, image_size=image_size, patch_size=patch_size):
         try:
-            return _first_that_works(name, {**base, **sizes}, image_size=image_size)
+            plan = _first_that_works(name, {**base, **sizes}, image_size=image_size)
         except _UnknownArgumentError as error:
             refused = str(error)
         # What timm's 1,300 builders raise for sizes that do not fit is not of one type.
         except Exception as error:
             why = _first_line(str(error) or type(error).__name__)
             raise ModelError(f"enhancer.name: {name} cannot serve at {image_size} pixels: {why}") from error
+        else:
+            return _with_pooling(plan, options or {})
     given = f" with enhancer.options {dict(options)}" if options else ""
     raise ModelError(f"enhancer.name: timm cannot build {name}{given}: {_first_line(refused)}")
 
@@ -301,6 +303,20 @@ def _export_args(name: str, model: nn.Module, args: Args) -> Args:
     except Exception:
         return args
     return pooled if _sizes(plain) == _sizes(model) else args
+
+
+def _with_pooling(plan: BackbonePlan, options: Args) -> BackbonePlan:
+    """The plan, exported with the pooling that was asked for; ModelError where that has layers of its own."""
+    if options.get("global_pool") in (None, plan.export_args.get("global_pool")):
+        return plan
+    export_args = {**plan.export_args, "global_pool": options["global_pool"]}
+    sizes = _sizes(build_on_meta(plan.name, plan.export_args))
+    if _sizes(build_on_meta(plan.name, export_args)) != sizes:
+        raise ModelError(
+            f"enhancer.options.global_pool: {options['global_pool']!r} has layers behind the features, which "
+            "pre-training would leave untrained; leave it out, and give it to timm when you load the encoder"
+        )
+    return replace(plan, export_args=export_args)
 
 
 def _sizes(model: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -153,3 +153,14 @@ def test_options__that_timm_does_not_know_are_named() -> None:
         ModelError, match=r"cannot build resnet18 with enhancer.options \{'depht': 3\}.*depht"
     ):
         build("resnet18", options={"depht": 3})
+
+
+def test_plan__keeps_the_pooling_that_was_asked_for() -> None:
+    plan = plan_backbone("vit_tiny_patch16_224", image_size=64, options={"depth": 1, "global_pool": "avg"})
+    assert plan.export_args["global_pool"] == "avg"
+    assert "global_pool" not in plan_backbone("vit_tiny_patch16_224", image_size=64).export_args
+
+
+def test_plan__refuses_a_pooling_with_layers_that_would_stay_untrained() -> None:
+    with pytest.raises(ModelError, match="'map' has layers behind"):
+        plan_backbone("vit_tiny_patch16_224", image_size=64, options={"depth": 1, "global_pool": "map"})

@@ -22,6 +22,9 @@ MODELS = {
     "vit with pooling by mean": model_config(
         name="vit_relpos_small_patch16_224", image_size=40, options={"depth": 1}, shared_blocks=0
     ),
+    "vit with pooling of the user's choice": model_config(
+        name="vit_tiny_patch16_224", options={"depth": 1, "global_pool": "avg"}, shared_blocks=0
+    ),
     "maxvit, whose head is a convolution in training": model_config(name="test_maxvit", image_size=128),
 }
 
