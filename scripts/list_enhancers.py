@@ -1,9 +1,10 @@
 """Write service/contracts/enhancers.json: what each timm network is, and whether it can be an enhancer.
 
 Run it after raising the timm version: `python -m scripts.list_enhancers`. It takes about half an hour
-on one core; no weights are made and nothing is downloaded.
+of one core; no weights are made and nothing is downloaded. `--missing` goes on where a run was cut.
 """
 
+import argparse
 import json
 import logging
 import warnings
@@ -49,16 +50,30 @@ def default_width(name: str) -> int:
         return 0
 
 
+def save(entries: dict[str, dict[str, Any]]) -> None:
+    """Write all entries, one a line, sorted."""
+    lines = [
+        f"{json.dumps(name)}:{json.dumps(entries[name], separators=(',', ':'))}" for name in sorted(entries)
+    ]
+    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
 def main() -> None:
-    """Describe every network and write them all, one a line, sorted."""
+    """Describe every network, or with --missing those that the file lacks; an interrupted run can go on."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--missing", action="store_true", help="keep the entries that are there")
+    keep = parser.parse_args().missing and TARGET.exists()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    lines = []
-    for name in sorted(timm.list_models()):
-        lines.append(f"{json.dumps(name)}:{json.dumps(describe(name), separators=(',', ':'))}")
-        print(lines[-1], flush=True)
-    TARGET.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+    old: dict[str, dict[str, Any]] = json.loads(TARGET.read_text(encoding="utf-8")) if keep else {}
+    known = timm.list_models()
+    entries = {name: entry for name, entry in old.items() if name in known}
+    for name in known:
+        if name not in entries:
+            entries[name] = describe(name)
+            print(name, entries[name], flush=True)
+            save(entries)
 
 
 if __name__ == "__main__":
