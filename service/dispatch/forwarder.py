@@ -43,7 +43,7 @@ _OUTCOMES = {
 }
 
 _HOW_TO_LOAD = """
-Load the encoder with plain timm, after `cim download {job_id} --output {folder}`:
+Load the encoder with plain timm, after `cim download {job_id} --to {folder}`:
 
 ```python
 import timm
