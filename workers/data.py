@@ -14,6 +14,7 @@ from cim_core.data.index import Index, NoUsableImageError, scan
 from cim_core.durations import Plan, plan
 from cim_core.errors import DataError
 from cim_core.seeding import generator_for
+from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from workers.attempt import AnySpec, Attempt, Work
 from workers.cache import Cache
@@ -40,12 +41,13 @@ def prepare(attempt: Attempt, store: JobStore, *, reporter: Reporter, go_on: Cal
         Whatever `go_on` raises between the image sets.
     """
     reporter.say("reading images")
-    files = [put_json(store, "spec.json", spec_document(attempt.assignment))]
+    files = [_keep(store, "spec.json", spec_document(attempt.assignment), reporter=reporter)]
     indices: dict[str, Index] = {}
     for role, uri in attempt.image_sets.items():
         indices[role] = _read(attempt, store, uri, reporter=reporter)
         go_on()
-    files.append(put_json(store, REPORT, data_report({role: i.report() for role, i in indices.items()})))
+    report = data_report({role: index.report() for role, index in indices.items()})
+    files.append(_keep(store, REPORT, report, reporter=reporter))
     check_labels(indices)
     work = Work(
         attempt=attempt,
@@ -53,11 +55,16 @@ def prepare(attempt: Attempt, store: JobStore, *, reporter: Reporter, go_on: Cal
         plan=_plan(attempt.spec, indices),
         files=files,
     )
-    for entry in files:
-        reporter.file(entry)
     if work.plan is not None:
         reporter.plan(plan_document(work.plan))
     return work
+
+
+def _keep(store: JobStore, path: str, document: Mapping[str, Any], *, reporter: Reporter) -> FileEntry:
+    """Store a document and announce it at once: whoever reads why a job failed wants it too."""
+    entry = put_json(store, path, document)
+    reporter.file(entry)
+    return entry
 
 
 def index_of(rank: Rank, role: str) -> Index:

@@ -4,7 +4,7 @@ import logging
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ray
@@ -19,7 +19,7 @@ from service.contracts.work import Assignment, Finish
 from workers.attempt import Attempt, Outcome, Work
 from workers.cache import discard
 from workers.data import prepare
-from workers.failures import EXIT_CODES, ExitCode, classify, is_stale, last_step
+from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, is_stale, last_step
 from workers.logs import LogShipper, attach, detach
 from workers.reporting import Reporter, insistently
 from workers.settings import UsageError, WorkerSettings, apply_train_environment
@@ -28,6 +28,7 @@ from workers.train_loop import train_loop
 
 log = logging.getLogger(__name__)
 
+LAST_REPORT_S = 10.0
 STARTS_OF_A_GROUP = 5  # placement is tried again that often, each for the start timeout of settings.py
 
 
@@ -126,6 +127,7 @@ def _finish_of(desk: Desk) -> Finish | None:
             desk.shipper.abandon()
             return None
         log.exception("the attempt failed")
+        _deliver_the_rest(desk)
         failure = classify(error, store_url=desk.store.url)
         step = last_step(error, default=desk.attempt.resume_step)
         return Finish(outcome="failed", step=step, failure=failure)
@@ -137,6 +139,13 @@ def _finish_of(desk: Desk) -> Finish | None:
         metrics=outcome.metrics,
         files=outcome.files,
     )
+
+
+def _deliver_the_rest(desk: Desk) -> None:
+    """Files that explain the failure may still wait to be announced; else rank 0 has had the last word."""
+    with suppress(AttemptStaleError):
+        if desk.reporter.waiting:
+            desk.reporter.flush(timeout_s=LAST_REPORT_S)
 
 
 def _do(desk: Desk) -> Outcome:

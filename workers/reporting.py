@@ -163,7 +163,7 @@ class Reporter:
         deadline = self._clock() + timeout_s
         while True:
             delivered = self.post()
-            if delivered and not self._waiting():
+            if delivered and not self.waiting:
                 return True
             if self._clock() >= deadline:
                 return False
@@ -200,7 +200,9 @@ class Reporter:
                 self._points.popleft()
             self._points.append(point)
 
-    def _waiting(self) -> bool:
+    @property
+    def waiting(self) -> bool:
+        """Whether something has not been delivered."""
         with self._lock:
             return bool(self._points or self._files or self._plan)
 
