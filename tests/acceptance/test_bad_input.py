@@ -143,7 +143,7 @@ def test_full_disk_in_the_object_store__ends_the_job_and_says_where(
 ) -> None:
     job = _fails(embedded, specs.tokenizer("full-disk"))
     assert str(full_store.parent) in job.reason
-    assert "full" in job.reason
+    assert "no space is left" in job.reason
 
 
 def test_service__goes_on_serving(embedded: Embedded) -> None:
