@@ -64,6 +64,7 @@ def run(specs: list[demo_data.Spec], notes: Sequence[str], *, console: Console) 
         _check(jobs, service)
         tokenizer, pretrain, evaluate = jobs
         console.print(table(client, tokenizer, pretrain, evaluate))
+        console.print("A run of minutes shows that every part works, not how good the method is.")
         _print_paths(client, pretrain, data_dir / "results" / pretrain.id, console=console)
 
 

@@ -1,5 +1,6 @@
 """The demo's three jobs on PostgreSQL, an S3 server, an MLflow server and Ray, all real processes."""
 
+import json
 import os
 import sys
 import time
@@ -142,13 +143,11 @@ def _assert_database(stack: Stack, jobs: list[JobView]) -> None:
 def _assert_bucket(stack: Stack, job: JobView) -> None:
     prefix = f"artifacts/jobs/{job.id}/"
     stored = {key.removeprefix(prefix): size for key, size in stack.objects(prefix).items()}
-    assert job.result is not None
-    manifest: list[dict[str, Any]] = job.result["files"]
-    assert manifest
-    for entry in manifest:
-        if entry["path"] != "result.json":
-            assert stored[entry["path"]] == entry["size"]
-    assert "result.json" in stored
+    result = json.loads(stack.client.read(job.id, "result.json"))
+    assert result["metrics"] == job.metrics
+    manifest = {entry["path"]: entry["size"] for entry in result["files"]}
+    assert "spec.json" in manifest
+    assert manifest.items() <= stored.items()
     assert any(path.startswith("logs/attempt-1/") for path in stored)
 
 
