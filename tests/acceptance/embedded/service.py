@@ -13,6 +13,8 @@ import psutil
 
 from service.client import Client
 from service.contracts.jobs import FINAL, JobView
+from service.data_folder import DataFolder
+from service.processes import Record
 
 PATIENCE_S = 300
 
@@ -24,18 +26,11 @@ class Embedded:
         self.data_dir = data_dir
         self.api = self.mlflow = ""
         self._process: subprocess.Popen[str] | None = None
-        self.family: list[psutil.Process] = []
 
     @property
     def client(self) -> Client:
         """A client of the running service."""
         return Client(self.api)
-
-    @property
-    def pid(self) -> int:
-        """The process that holds API and dispatcher."""
-        assert self._process is not None
-        return self._process.pid
 
     def start(self) -> None:
         """Start and wait for the one line that says it is ready."""
@@ -48,6 +43,13 @@ class Embedded:
         ready = json.loads(line)
         self.api, self.mlflow = ready["api"], ready["mlflow"]
 
+    def descendants(self) -> list[psutil.Process]:
+        """Everything below Ray and MLflow, which are no children of a service that took them over."""
+        record = Record.load(DataFolder(path=self.data_dir).record)
+        assert record is not None, "the service is not running"
+        roots = [process for child in record.children if (process := child.process()) is not None]
+        return [*roots, *(process for root in roots for process in root.children(recursive=True))]
+
     def kill(self) -> None:
         """SIGKILL the service alone; Ray and MLflow go on."""
         assert self._process is not None
@@ -57,9 +59,6 @@ class Embedded:
     def stop(self) -> int:
         """SIGTERM, as Ctrl-C does; returns the exit status."""
         assert self._process is not None
-        self.family = (
-            psutil.Process(self.pid).children(recursive=True) if self._process.poll() is None else []
-        )
         self._process.send_signal(signal.SIGTERM)
         return self._process.wait(timeout=60)
 
