@@ -55,9 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--spec", required=True, help="the tokenizer spec as JSON")
     spec = json.loads(parser.parse_args().spec)
-    times = {"process start": time.time()}
     index = scan(spec["data"]["uri"])
-    times["data scan"] = time.time()
+    times = {"process start and data scan": time.time()}
     ray.init(address="auto", log_to_driver=False)
     cpus = spec["resources"]["cpus_per_worker"]
     with tempfile.TemporaryDirectory() as folder:

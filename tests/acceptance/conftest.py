@@ -22,7 +22,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embedded]:
 @pytest.fixture(scope="session")
 def tokenizer_name(embedded: Embedded) -> str:
     """The name of a tokenizer that was trained on the demo tiles."""
-    (job,) = embedded.client.submit([specs.tokenizer("acceptance-tokenizer")])
+    (job,) = embedded.client.submit([specs.tokenizer("acceptance-tokenizer", steps=20)])
     assert embedded.finished(job.id).state == "succeeded"
     return job.name
 

@@ -74,7 +74,7 @@ def _tokenizer() -> DiscreteVAE:
         image_size=IMAGE_SIZE, stride=STRIDE, width=16, vocab_size=VOCABULARY, code_dim=16
     )
     model = DiscreteVAE(config, generator=torch.Generator().manual_seed(SEED))
-    _train(tokenizer_task(model, seed=SEED), model, steps=250, learning_rate=2e-3)
+    _train(tokenizer_task(model, seed=SEED), model, steps=200, learning_rate=2e-3)
     return model
 
 
@@ -111,7 +111,7 @@ def _pretrained(objective: str) -> Trained:
     )
     model = build_cim(config, _tokenizer(), seed=SEED)
     before = _look(model)
-    _train(cim_task(model.train(), seed=SEED), model, steps=250, learning_rate=1e-3)
+    _train(cim_task(model.train(), seed=SEED), model, steps=200, learning_rate=1e-3)
     return Trained(model=model, before=before, after=_look(model))
 
 

@@ -45,7 +45,7 @@ def _assert_every_step_once(embedded: Embedded, job: JobView) -> None:
 def test_sigkilled_worker__is_retried_from_the_last_committed_checkpoint(
     embedded: Embedded, tokenizer_name: str
 ) -> None:
-    job = _long_job(embedded, tokenizer_name, "worker-killed", steps=200)
+    job = _long_job(embedded, tokenizer_name, "worker-killed", steps=100)
     workers = _train_workers(embedded)
     assert len(workers) == 2
     os.kill(workers[-1].pid, signal.SIGKILL)

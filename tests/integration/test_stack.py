@@ -1,5 +1,6 @@
 """The demo's three jobs on PostgreSQL, an S3 server, an MLflow server and Ray, all real processes."""
 
+import hashlib
 import json
 import os
 import sys
@@ -46,6 +47,11 @@ class Stack:
         s3 = boto3.client("s3", endpoint_url=self.s3_url)
         pages = s3.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
         return {entry["Key"]: entry["Size"] for page in pages for entry in page.get("Contents", [])}
+
+    def bytes(self, key: str) -> bytes:
+        s3 = boto3.client("s3", endpoint_url=self.s3_url)
+        content: bytes = s3.get_object(Bucket=BUCKET, Key=key)["Body"].read()
+        return content
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +117,14 @@ def test_three_jobs__leave_a_consistent_trace_everywhere(stack: Stack) -> None:
     tokenizer, pretrain, evaluate = stack.client.submit(
         [
             specs.tokenizer("stack-tokenizer", steps=20),
-            specs.pretrain("stack-pretrain", "job:stack-tokenizer", enhancer=specs.VIT, objective="revdet"),
+            specs.pretrain(
+                "stack-pretrain",
+                "job:stack-tokenizer",
+                enhancer=specs.VIT,
+                objective="revdet",
+                probe={"train": str(specs.TRAIN_TAR), "val": str(specs.VAL_TAR), "every": {"steps": 10}},
+                resources={"workers": 2, "cpus_per_worker": 1},
+            ),
             specs.evaluate("stack-evaluate", "job:stack-pretrain"),
         ]
     )
@@ -121,7 +134,10 @@ def test_three_jobs__leave_a_consistent_trace_everywhere(stack: Stack) -> None:
     for job in jobs:
         _assert_bucket(stack, job)
     _assert_mlflow(stack, jobs)
-    assert {"knn_top1", "knn_top1_random"} <= set(jobs[2].metrics)
+    table = json.loads(stack.client.read(evaluate.id, "result.json"))["table"]
+    assert [row["encoder"] for row in table] == ["cim", "random"]
+    assert {row["classes"] for row in table} == {10}
+    assert [point.step for point in stack.client.metrics(pretrain.id, key="probe_knn_top1")] == [10, 20]
     assert b'"skipped": []' in stack.client.read(pretrain.id, "data/report.json")
 
 
@@ -145,9 +161,10 @@ def _assert_bucket(stack: Stack, job: JobView) -> None:
     stored = {key.removeprefix(prefix): size for key, size in stack.objects(prefix).items()}
     result = json.loads(stack.client.read(job.id, "result.json"))
     assert result["metrics"] == job.metrics
-    manifest = {entry["path"]: entry["size"] for entry in result["files"]}
-    assert "spec.json" in manifest
-    assert manifest.items() <= stored.items()
+    assert "spec.json" in {entry["path"] for entry in result["files"]}
+    for entry in result["files"]:
+        assert stored[entry["path"]] == entry["size"]
+        assert hashlib.sha256(stack.bytes(prefix + entry["path"])).hexdigest() == entry["sha256"]
     assert any(path.startswith("logs/attempt-1/") for path in stored)
 
 

@@ -17,8 +17,6 @@ import numpy as np
 import psutil
 import pytest
 import ray
-import timm
-import torch
 from PIL import Image
 
 from service.contracts.jobs import FailureKind
@@ -149,9 +147,7 @@ def check_manifest(bench: Bench, work: FakeWork) -> set[str]:
     return {entry.path for entry in finish.files}
 
 
-def test_three_kinds__tokenizer_then_pretrain_then_evaluate(
-    ray_address: str, photos: Path, tmp_path: Path
-) -> None:
+def test_tokenizer__leaves_files_metrics_and_a_report(ray_address: str, photos: Path, tmp_path: Path) -> None:
     tokenizer = Bench(tmp_path, spec_of("tokenizer", photos), ray_address=ray_address, job_id="a" * 16)
     with tokenizer.attempt() as (work, process):
         assert process.wait(timeout=500) == 0, tokenizer.log()
@@ -167,34 +163,8 @@ def test_three_kinds__tokenizer_then_pretrain_then_evaluate(
     report = tokenizer.json("data/report.json")
     assert (report["counted"], report["used"], len(report["skipped"])) == (49, 48, 1)
     assert tokenizer.json("spec.json")["libraries"]["ray"] == ray.__version__
-
-    spec = spec_of("pretrain", photos)
-    spec["resources"] = {"workers": 2}
-    spec["model"]["tokenizer"] = {"source": "job:a-tokenizer"}
-    spec["model"]["image_size"] = 32
-    spec["probe"] = {"train": str(photos), "val": str(photos), "every": {"steps": 3}}
-    pretrain = Bench(tmp_path, spec, ray_address=ray_address, job_id="b" * 16)
-    with pretrain.attempt(inputs={"tokenizer": f"jobs/{'a' * 16}/tokenizer"}) as (work, process):
-        assert process.wait(timeout=500) == 0, pretrain.log()
-    files = check_manifest(pretrain, work)
-    assert {"encoder/model.safetensors", "encoder/config.json", "encoder/README.md"} <= files
-    assert {"samples/step-0.png", "samples/step-6.png", "spec.json", "data/report.json"} <= files
-    assert [checkpoint.step for checkpoint in work.checkpoints] == [3, 6]
-    assert sorted(work.metric("probe_knn_top1")) == [3, 6]
-    encoder = timm.create_model(f"local-dir:{pretrain.file('encoder')}", pretrained=True)
-    assert torch.isfinite(encoder(torch.zeros(1, 3, 32, 32))).all()
-    assert TOKEN not in pretrain.log()
-    assert {"driver", "rank-0"} <= {json.loads(line)["source"] for line in pretrain.log().splitlines()}
-
-    evaluate = Bench(tmp_path, spec_of("evaluate", photos), ray_address=ray_address, job_id="c" * 16)
-    with evaluate.attempt(inputs={"encoder": f"jobs/{'b' * 16}/encoder"}) as (work, process):
-        assert process.wait(timeout=500) == 0, evaluate.log()
-    check_manifest(evaluate, work)
-    table = evaluate.json("result.json")["table"]
-    assert [row["encoder"] for row in table] == ["cim", "random"]
-    # Red against blue, each image being its own nearest neighbour: any encoder tells them apart.
-    assert work.finishes[0].metrics["knn_top1"] > 0.9
-    assert {row["classes"] for row in table} == {2}
+    assert {"driver", "rank-0"} <= {json.loads(line)["source"] for line in tokenizer.log().splitlines()}
+    assert TOKEN not in tokenizer.log()
 
 
 def test_killed_worker__is_infrastructure_and_the_next_attempt_resumes_from_the_last_checkpoint(
