@@ -28,7 +28,7 @@ def load(data: Path | None, *, num_cpus: int) -> tuple[list[Spec], list[str]]:
     for spec in found:
         spec["resources"]["cpus_per_worker"] = min(CPUS, num_cpus)
     if data is not None:
-        notes += _use(found, data.expanduser().absolute())
+        notes += _use(found, data.expanduser().resolve())
     return found, notes
 
 

@@ -28,6 +28,8 @@ from service.dispatch.tracker import (
 Result = TypeVar("Result")
 JOB_TAG = "cim.job_id"
 _NOTE_TAG = "mlflow.note.content"
+# MLflow's pages are made for language models unless the experiment says otherwise.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MAX_PARAMS = 100
 _FOR_EVER = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 
@@ -76,7 +78,9 @@ class MlflowTracker:
     def _ensure_experiment(self) -> str:
         if self._experiment_id is None:
             found = self._client.get_experiment_by_name(self._experiment)
-            made = found.experiment_id if found else self._client.create_experiment(self._experiment)
+            made = (
+                found.experiment_id if found else self._client.create_experiment(self._experiment, tags=_KIND)
+            )
             self._experiment_id = str(made)
         return self._experiment_id
 
@@ -86,6 +90,8 @@ class MlflowTracker:
         if any(entry.path.startswith(start) for entry in self._client.list_artifacts(run_id, "images")):
             return
         image = Image.open(io.BytesIO(picture.png)).convert("RGB")
+        # Twice: under a plain name for the page of artifacts, and by step for the chart with a slider.
+        self._client.log_image(run_id, image, f"{picture.series}/step-{picture.step}.png")
         self._client.log_image(
             run_id, image, key=picture.series, step=picture.step, timestamp=_ms(picture.at), synchronous=True
         )

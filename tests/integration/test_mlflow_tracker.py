@@ -43,7 +43,11 @@ class MlflowRecord:
     def pictures(self, run_id: str) -> list[tuple[str, int]]:
         paths = [entry.path for entry in self._client.list_artifacts(run_id, "images")]
         found = [re.match(r"images/(\w+)\+step\+(\d+)\+.*\.png$", path) for path in paths]
-        return sorted((match[1], int(match[2])) for match in found if match)
+        by_step = sorted((match[1], int(match[2])) for match in found if match)
+        for series, step in by_step:
+            named = [entry.path for entry in self._client.list_artifacts(run_id, series)]
+            assert f"{series}/step-{step}.png" in named
+        return by_step
 
     def status(self, run_id: str) -> tuple[str, str]:
         run = self._client.get_run(run_id)
@@ -58,6 +62,8 @@ async def test_run__has_name_tags_and_every_parameter(mlflow_url: str) -> None:
     run_id = await MlflowTracker(mlflow_url, experiment="shown").ensure_run(new)
     run = MlflowClient(tracking_uri=mlflow_url).get_run(run_id)
     assert run.info.run_name == new.name
+    experiment = MlflowClient(tracking_uri=mlflow_url).get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert run.data.tags["cim.job_id"] == new.job_id
     assert run.data.tags["cim.kind"] == "pretrain"
     assert run.data.params == new.params
