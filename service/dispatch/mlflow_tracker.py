@@ -28,8 +28,6 @@ from service.dispatch.tracker import (
 Result = TypeVar("Result")
 JOB_TAG = "cim.job_id"
 _NOTE_TAG = "mlflow.note.content"
-# MLflow's pages are made for language models unless the experiment says otherwise.
-_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _MAX_PARAMS = 100
 _FOR_EVER = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 
@@ -78,9 +76,7 @@ class MlflowTracker:
     def _ensure_experiment(self) -> str:
         if self._experiment_id is None:
             found = self._client.get_experiment_by_name(self._experiment)
-            made = (
-                found.experiment_id if found else self._client.create_experiment(self._experiment, tags=_KIND)
-            )
+            made = found.experiment_id if found else self._client.create_experiment(self._experiment)
             self._experiment_id = str(made)
         return self._experiment_id
 

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -370,3 +371,8 @@ def test_import__is_light() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "ray", "mlflow", "boto3", "fastapi", "sqlalchemy", "httpx", "pydantic", "service.store"}
     assert not heavy & set(done.stdout.split())
+
+
+def test_version__is_that_of_the_distribution(run: Run) -> None:
+    result = run(None, "--version")
+    assert (result.exit_code, result.stdout) == (0, f"cim-service {version('cim-service')}\n")
