@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 import psutil
 import pytest
@@ -11,6 +12,14 @@ from service.contracts.jobs import JobView
 from tests.acceptance.embedded import Embedded, specs
 
 CANCEL_WITHIN_S = 30
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(embedded: Embedded) -> Iterator[None]:
+    """A test that fails does not leave its job to starve the next one."""
+    yield
+    for job in list(embedded.client.jobs(state="running")):
+        embedded.client.cancel(job.id)
 
 
 def _long_job(embedded: Embedded, tokenizer: str, name: str, *, steps: int) -> JobView:
@@ -27,11 +36,15 @@ def _has_checkpoint(embedded: Embedded, job: JobView) -> bool:
 
 def _train_workers(embedded: Embedded) -> list[psutil.Process]:
     """The Ray Train worker processes of the service."""
-    return [
-        process
-        for process in embedded.descendants()
-        if "RayTrainWorker" in " ".join(process.cmdline() or [process.name()])
-    ]
+    return [process for process in embedded.descendants() if "RayTrainWorker" in _command(process)]
+
+
+def _command(process: psutil.Process) -> str:
+    """Its command line; empty where it has ended since it was listed."""
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
 
 
 def _assert_every_step_once(embedded: Embedded, job: JobView) -> None:
