@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 from cim_core.errors import ConfigError
 
 Scalar = bool | int | float | str
+DALL_E = "dall-e"  # the official tokenizer, as a source
 
 # pydantic reads this attribute from plain dataclasses; the core itself does not know pydantic.
 _STRICT: dict[str, Any] = {"extra": "forbid"}
@@ -48,6 +49,10 @@ class _Rules:
     def done(self) -> None:
         if self._problems:
             raise ConfigError(self._problems)
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,10 +113,25 @@ class TokenizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerSource:
-    """Where a frozen tokenizer comes from: `job:ID-or-name`, a URI of an artifact, or `fake`."""
+    """Where a frozen tokenizer comes from: `dall-e`, `job:ID-or-name`, a URI of an artifact, or `fake`."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     source: str  # no default: a missing tokenizer is an error; `fake` is for tests and says so
+    encoder: str | None = None  # dall-e: path or address of encoder.pkl; None: OpenAI's address
+    decoder: str | None = None  # dall-e: path or address of decoder.pkl; None: OpenAI's address
+    encoder_sha256: str | None = None  # dall-e: a file with another checksum is refused
+    decoder_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        rules = _Rules(self)
+        for name in ("encoder", "decoder", "encoder_sha256", "decoder_sha256"):
+            ok = self.source == DALL_E or getattr(self, name) is None
+            rules.check(name, f"belongs to source: {DALL_E} alone", ok=ok)
+        for name in ("encoder_sha256", "decoder_sha256"):
+            value = getattr(self, name)
+            rule = "must be 64 lower-case hexadecimal digits"
+            rules.check(name, rule, ok=value is None or _is_sha256(value))
+        rules.done()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,11 +143,14 @@ class GeneratorConfig:
     width: int | None = None  # None: the enhancer's width where it is a ViT, else 384
     heads: int | None = None  # None: width / 64, at least 1; the enhancer's where blocks are shared
     temperature: float = 1.0  # of the softmax that tokens are sampled from
+    positions: Literal["absolute", "relative"] = "absolute"  # relative: BEiT's blocks and shared bias table
+    layer_scale: float = 0.0  # initial scale of the residual branches; 0: none (BEiT's base model: 0.1)
 
     def __post_init__(self) -> None:
         rules = _Rules(self)
         rules.at_least(1, "depth", "width", "heads")
         rules.above(0, "temperature")
+        rules.at_least(0, "layer_scale")
         if self.width and self.heads:
             rules.check("heads", f"must divide the width {self.width}", ok=self.width % self.heads == 0)
         rules.done()
@@ -141,11 +164,15 @@ class EnhancerConfig:
     name: str
     shared_blocks: int | None = None  # with the generator; None: 2 for a plain ViT, 0 otherwise
     options: Mapping[str, Scalar] = field(default_factory=dict)  # further timm arguments, e.g. depth
+    grad_checkpointing: bool = False  # recompute activations in the backward pass, where timm can
+    ema_decay: float | None = None  # of a running average that is exported instead; None: no average
 
     def __post_init__(self) -> None:
         rules = _Rules(self)
         rules.check("name", "must be a timm model name", ok=bool(self.name.strip()))
         rules.at_least(0, "shared_blocks")
+        decay = self.ema_decay
+        rules.check("ema_decay", "must lie between 0 and 1, ends excluded", ok=decay is None or 0 < decay < 1)
         ours = {"img_size", "patch_size", "num_classes", "pretrained", "in_chans"} & set(self.options)
         rules.check("options", f"may not set {', '.join(sorted(ours))}: the service does", ok=not ours)
         rules.done()
@@ -179,9 +206,11 @@ class ObjectiveConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     name: Literal["respix", "revdet"]
     weight: float | None = None  # lambda before the enhancer's loss; None: respix 10, revdet 1
-    window: int = 8  # respix: side of the normalising window, pixels
+    normalise: Literal["window", "patch", "none"] = "window"  # respix: sliding window, MAE's patches, raw
+    window: int = 8  # respix: side of the normalising window or patch, pixels
     l1: float = 1.0  # respix: weight of the absolute error
     l2: float = 1.0  # respix: weight of the squared error
+    upsample: Literal["pixel_shuffle", "bilinear"] = "pixel_shuffle"  # revdet, where the map is too coarse
 
     def __post_init__(self) -> None:
         rules = _Rules(self)
@@ -204,6 +233,7 @@ class ModelConfig:
     patch_size: int = 16
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the decoded picture to image_size
 
     def __post_init__(self) -> None:
         rules = _Rules(self)
@@ -214,6 +244,9 @@ class ModelConfig:
         rule = f"must not be fewer than the {shared} blocks shared with the enhancer"
         if shared > self.generator.depth:
             raise ConfigError([("generator.depth", f"{rule}, got {self.generator.depth}")])
+        if shared and self.generator.positions == "relative":
+            told = "must be absolute where blocks are shared: the enhancer's know no relative bias, got relative"
+            raise ConfigError([("generator.positions", told)])
         rules.done()
 
     @property
