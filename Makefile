@@ -4,7 +4,7 @@ BIN := .venv/bin
 DATA ?=
 PYTEST_ARGS ?=
 
-.PHONY: setup demo test up check bench clean
+.PHONY: setup demo test core up check bench clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
@@ -19,6 +19,9 @@ up: setup
 
 test: setup
 	@PYTHONPATH= $(BIN)/python -m scripts.run_tests $(PYTEST_ARGS)
+
+core: setup
+	@sh scripts/core_alone.sh $(PYTEST_ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -245,7 +245,9 @@ class ModelConfig:
         if shared > self.generator.depth:
             raise ConfigError([("generator.depth", f"{rule}, got {self.generator.depth}")])
         if shared and self.generator.positions == "relative":
-            told = "must be absolute where blocks are shared: the enhancer's know no relative bias, got relative"
+            told = (
+                "must be absolute where blocks are shared: the enhancer's know no relative bias, got relative"
+            )
             raise ConfigError([("generator.positions", told)])
         rules.done()
 

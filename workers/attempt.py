@@ -80,4 +80,5 @@ class Outcome:
     step: int
     total_steps: int | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)  # of a result that is there, but may disappoint
     files: list[FileEntry] = field(default_factory=list)

@@ -138,6 +138,7 @@ def _finish_of(desk: Desk) -> Finish | None:
         total_steps=outcome.total_steps,
         metrics=outcome.metrics,
         files=outcome.files,
+        warnings=outcome.warnings,
     )
 
 

@@ -55,6 +55,7 @@ def result_document(
     metrics: Mapping[str, float],
     files: Sequence[FileEntry],
     table: Sequence[Mapping[str, Any]] = (),
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Final metrics and the manifest of every file; `table` holds an evaluation's rows."""
     document: dict[str, Any] = {
@@ -65,6 +66,8 @@ def result_document(
         "step": step,
         "metrics": dict(metrics),
     }
+    if warnings:
+        document["warnings"] = list(warnings)
     if table:
         document["table"] = [dict(row) for row in table]
     document["files"] = [entry.model_dump() for entry in sorted(files, key=lambda entry: entry.path)]

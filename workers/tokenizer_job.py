@@ -1,6 +1,7 @@
 """`kind: tokenizer`: train a discrete image tokenizer and leave it as the folder `tokenizer/`."""
 
 import dataclasses
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from cim_core.data.dataset import ImageDataset, ViewConfig
 from cim_core.seeding import generator_for
 from cim_core.tokenizers.dvae import DiscreteVAE
-from cim_core.tokenizers.evaluate import evaluate_tokenizer, reconstruction_grid
+from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
 from cim_core.tokenizers.store import save_tokenizer
 from cim_core.tokenizers.task import tokenizer_task
 from service.contracts.specs import TokenizerSpec
@@ -20,6 +21,8 @@ from workers.attempt import Outcome
 from workers.data import held_out, index_of
 from workers.rank import Rank
 from workers.training import Training, conclude, fixed_views, train
+
+log = logging.getLogger(__name__)
 
 BATCH = 32  # images at a time where nothing is trained
 
@@ -50,14 +53,22 @@ def run_tokenizer(rank: Rank) -> Outcome:
 def _finish(rank: Rank, model: DiscreteVAE, unseen: ImageDataset, outcome: Outcome) -> Outcome:
     rank.say("measuring on held-out images")
     model.eval()
-    values = evaluate_tokenizer(model, _pixels(unseen, device=rank.device))
-    metrics = {f"val_{name}": value for name, value in values}
+    values = dict(evaluate_tokenizer(model, _pixels(unseen, device=rank.device)))
+    metrics = {f"val_{name}": value for name, value in values.items()}
     rank.reporter.metrics(outcome.step, metrics)
     with tempfile.TemporaryDirectory(prefix="cim-tokenizer-") as folder:
         save_tokenizer(model, Path(folder))
         for entry in rank.store.put_folder("tokenizer", Path(folder)):
             rank.announce(entry)
-    outcome = dataclasses.replace(outcome, metrics={**outcome.metrics, **metrics}, files=rank.files)
+    collapsed = collapse(values, vocab_size=model.vocab_size)
+    if collapsed:
+        log.warning("%s", collapsed)
+    outcome = dataclasses.replace(
+        outcome,
+        metrics={**outcome.metrics, **metrics},
+        warnings=[collapsed] if collapsed else [],
+        files=rank.files,
+    )
     return conclude(rank, outcome)
 
 

@@ -90,7 +90,11 @@ def conclude(rank: Rank, outcome: Outcome) -> Outcome:
     rank.say("writing the result")
     files = [*outcome.files, *earlier_files(rank.store, "samples", outcome.files)]
     document = result_document(
-        rank.attempt.assignment, step=outcome.step, metrics=outcome.metrics, files=files
+        rank.attempt.assignment,
+        step=outcome.step,
+        metrics=outcome.metrics,
+        files=files,
+        warnings=outcome.warnings,
     )
     files.append(put_json(rank.store, "result.json", document))
     rank.reporter.flush()

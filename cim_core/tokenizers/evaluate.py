@@ -4,15 +4,18 @@ Shape letters in this file:
     B  images      H, W  image sides, pixels      V  vocabulary of the tokenizer
 """
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from cim_core.evaluation.ssim import WINDOW, ssim
 from cim_core.tokenizers.base import Tokenizer
 from cim_core.tokenizers.quantise import usage
 
+COLLAPSED = 0.1  # a perplexity below this share of the vocabulary
 MAX_ROWS = 8
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor
 TITLES = ("original", "reconstruction")
@@ -31,25 +34,48 @@ def evaluate_tokenizer(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> Itera
         batches: float images [B, 3, H, W] in [0, 1].
 
     Yields:
-        `psnr` in dB, of the squared error averaged over all images; `codes_used`, the share of the
-        vocabulary that occurs; `perplexity` of the tokens, 1 to V.
+        `psnr` in dB, of the squared error averaged over all images; `ssim`, the images' mean, left out
+        where a side is under 11 pixels; `codes_used`, the share of the vocabulary that occurs;
+        `perplexity` of the tokens, 1 to V.
 
     Raises:
         ValueError: there is no image, or a side is no multiple of the stride.
     """
-    squared_error, num_values = 0.0, 0
+    squared_error, num_values, num_images, similarity = 0.0, 0, 0, 0.0
     counts_V = torch.zeros(tokenizer.vocab_size, dtype=torch.int64)
     for images_B3HW in batches:
         ids_Bhw = tokenizer.encode(images_B3HW)
-        difference = tokenizer.decode(ids_Bhw).float() - images_B3HW.float()
+        copies_B3HW = tokenizer.decode(ids_Bhw).float()
+        difference = copies_B3HW - images_B3HW.float()
         squared_error += difference.double().square().sum().item()
         num_values += difference.numel()
+        num_images += len(images_B3HW)
+        large = min(images_B3HW.shape[-2:]) >= WINDOW
+        similarity += ssim(images_B3HW, copies_B3HW).sum().item() if large else float("nan")
         counts_V += torch.bincount(ids_Bhw.flatten().cpu(), minlength=tokenizer.vocab_size)
     if num_values == 0:
         raise ValueError("a tokenizer cannot be evaluated on no image")
     error = max(squared_error / num_values, _SMALLEST_ERROR)
     yield "psnr", -10 * torch.tensor(error, dtype=torch.float64).log10().item()
+    if not math.isnan(similarity):
+        yield "ssim", similarity / num_images
     yield from ((name, value.item()) for name, value in usage(counts_V.double()).items())
+
+
+def collapse(metrics: Mapping[str, float], *, vocab_size: int) -> str | None:
+    """What is wrong with a codebook of which hardly anything is used; None where it is sound.
+
+    `metrics` holds `perplexity` and `codes_used`, as from `evaluate_tokenizer`, over many more tokens
+    than codes.
+    """
+    perplexity, bar = metrics["perplexity"], COLLAPSED * vocab_size
+    if perplexity >= bar:
+        return None
+    return (
+        f"the codebook has collapsed: its {vocab_size} codes are used like {perplexity:.1f} even ones "
+        f"(below {bar:.0f}; {metrics['codes_used']:.0%} occur at all), so tokens say little. Train "
+        "longer, lower training.learning_rate, give a smaller model.vocab_size or more varied images"
+    )
 
 
 @torch.no_grad()

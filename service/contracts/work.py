@@ -1,6 +1,6 @@
 """What a worker and the service say to each other; every call carries the attempt's token."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -68,3 +68,4 @@ class Finish(Stored):
     failure: Failure | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
+    warnings: list[Annotated[str, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)

@@ -97,8 +97,11 @@ def _succeeded(told: Finish) -> End:
         "num_files": len(told.files),
         "size_bytes": sum(entry.size for entry in told.files),
     }
+    if told.warnings:
+        result["warnings"] = told.warnings
     values = {"result": result, "failure_kind": None}
-    return End(state=JobState.SUCCEEDED, message=f"succeeded at step {told.step}", values=values)
+    message = "; warning: ".join([f"succeeded at step {told.step}", *told.warnings])
+    return End(state=JobState.SUCCEEDED, message=message, values=values)
 
 
 def _check_steps(told: Finish) -> None:

@@ -165,6 +165,15 @@ class WorkContract:
         assert (job["attempts"][0]["outcome"], job["reason"]) == ("succeeded", "succeeded at step 10")
         assert (await world.client.get(f"/v1/jobs/{job_id}/artifacts")).json() == files
 
+    async def test_finish__a_success_may_come_with_a_warning(self, world: World) -> None:
+        job_id = await running(world)
+        told = {**FINISH, "warnings": ["the codebook has collapsed"]}
+        assert (await world.tell(job_id, 1, "finish", told)).status_code == 200
+        job = await world.show(job_id)
+        assert job["state"] == "succeeded"
+        assert job["reason"] == "succeeded at step 10; warning: the codebook has collapsed"
+        assert job["result"]["warnings"] == ["the codebook has collapsed"]
+
     async def test_finish__a_success_without_its_files_or_steps_is_none(self, world: World) -> None:
         job_id = await running(world)
         missing = {"path": "encoder/model.safetensors", "size": 3, "sha256": "0" * 64}

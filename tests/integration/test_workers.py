@@ -160,6 +160,7 @@ def test_tokenizer__leaves_files_metrics_and_a_report(ray_address: str, photos: 
     assert sorted(work.metric("loss")) == [1, 2, 4, 6]
     assert 0 < metrics["val_psnr"] < 60
     assert 1 <= metrics["val_perplexity"] <= 16
+    assert tokenizer.json("result.json").get("warnings", []) == work.finishes[0].warnings
     report = tokenizer.json("data/report.json")
     assert (report["counted"], report["used"], len(report["skipped"])) == (49, 48, 1)
     assert tokenizer.json("spec.json")["libraries"]["ray"] == ray.__version__

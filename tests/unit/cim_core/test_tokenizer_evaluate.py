@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from cim_core.tokenizers.evaluate import evaluate_tokenizer, reconstruction_grid
+from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
 from cim_core.tokenizers.fake import FakeTokenizer
+from tests.unit.cim_core.test_ssim import theirs
 
 
 def test_evaluate__known_errors_and_ids() -> None:
@@ -27,6 +28,30 @@ def test_evaluate__perplexity_over_all_batches() -> None:
     assert values["codes_used"] == 1
     assert values["psnr"] > 90  # a perfect copy stays finite
     assert math.isfinite(values["psnr"])
+
+
+def test_evaluate__ssim_is_the_mean_over_the_images_of_all_batches() -> None:
+    """Of a picture that the fake keeps and two that it cannot: by scikit-image's numbers, 1 and less."""
+    fake = FakeTokenizer(vocab_size=64, stride=2)
+    g = torch.Generator().manual_seed(0)
+    kept = fake.decode(torch.randint(64, (1, 8, 8), generator=g))
+    lost = torch.rand(2, 3, 16, 16, generator=g)
+    values = dict(evaluate_tokenizer(fake, [kept, lost]))
+    expected = [theirs(image, fake.decode(fake.encode(image[None]))[0]) for image in (*kept, *lost)]
+    assert values["ssim"] == pytest.approx(sum(expected) / 3, abs=1e-6)
+    assert expected[0] == pytest.approx(1) and expected[1] < 0.9  # noqa: PT018
+
+
+def test_evaluate__images_smaller_than_a_window_have_no_ssim() -> None:
+    assert "ssim" not in dict(evaluate_tokenizer(FakeTokenizer(), [torch.rand(1, 3, 8, 8)]))
+
+
+@pytest.mark.parametrize(
+    ("perplexity", "told"), [(51.2, None), (51.1, "512 codes are used like 51.1"), (1.0, "4% occur at all")]
+)
+def test_collapse__is_told_below_a_tenth_of_the_vocabulary(perplexity: float, told: str | None) -> None:
+    said = collapse({"perplexity": perplexity, "codes_used": 0.04}, vocab_size=512)
+    assert said is None if told is None else told in str(said)
 
 
 def test_evaluate__no_image_is_an_error() -> None:

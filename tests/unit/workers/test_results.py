@@ -37,6 +37,12 @@ def test_result_document__files_in_order_and_no_table_where_there_is_none(assign
     assert "table" not in document
 
 
+def test_result_document__warnings_where_there_are_any(assignment: Assignment) -> None:
+    document = result_document(assignment, step=3, metrics={}, files=[], warnings=["collapsed"])
+    assert document["warnings"] == ["collapsed"]
+    assert "warnings" not in result_document(assignment, step=3, metrics={}, files=[])
+
+
 def test_put_json__names_that_are_no_unicode_survive(assignment: Assignment) -> None:
     store = JobStore.of(assignment)
     put_json(store, "data/report.json", {"path": "bad-\udcff.png"})

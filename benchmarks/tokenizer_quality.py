@@ -1,0 +1,130 @@
+"""How good a tokenizer becomes on your images, for one or more settings: PSNR, SSIM and codebook.
+
+    python -m benchmarks.tokenizer_quality --train IMAGES --val IMAGES --steps 600 --set quantiser=relaxed
+
+Each `--set` (keys of the spec's `model`, comma between them; `rate=` is the learning rate) is one run.
+A cosine over all steps; the numbers hold for the validation images, scaled and cut to the centre square.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from cim_core.config import TokenizerConfig, TrainingConfig
+from cim_core.data.dataset import ImageDataset, ViewConfig
+from cim_core.data.index import scan
+from cim_core.data.loading import ImageLoader
+from cim_core.durations import plan
+from cim_core.engine.callbacks import NoCallbacks, StepReport
+from cim_core.engine.fit import fit
+from cim_core.engine.state import TrainState
+from cim_core.optim import build_optimizer
+from cim_core.seeding import generator_for
+from cim_core.tokenizers.dvae import DiscreteVAE
+from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
+from cim_core.tokenizers.store import save_tokenizer
+from cim_core.tokenizers.task import tokenizer_task
+
+SHOWN = ("psnr", "perplexity", "codes_used")
+
+
+class Watch(NoCallbacks):
+    """A progress bar, and the curve."""
+
+    def __init__(self, progress: Progress, steps: int) -> None:
+        self._progress, self._bar = progress, progress.add_task("training", total=steps)
+        self.curve: list[dict[str, float]] = []
+
+    def on_step(self, report: StepReport) -> None:
+        point = {"step": report.step, "images_per_s": report.images_per_s}
+        self.curve.append(point | {name: report.metrics[name] for name in SHOWN})
+        told = "  ".join(f"{name} {report.metrics[name]:.3g}" for name in SHOWN)
+        self._progress.update(self._bar, completed=report.step, description=told)
+
+
+def main() -> None:
+    """Train each setting and print its line."""
+    options = _options()
+    torch.set_num_threads(options.threads)
+    train, val = scan(options.train), scan(options.val)
+    console = Console(stderr=True)
+    for text in options.set or [""]:
+        config, training = _settings(text, options)
+        views = ViewConfig(image_size=config.image_size, crop_min=options.crop_min)
+        dataset, unseen = ImageDataset(train, views), ImageDataset(val, views)
+        model = DiscreteVAE(config, generator=generator_for(options.seed, "init", "tokenizer"))
+        started = time.perf_counter()
+        with Progress(console=console) as progress:
+            watch = Watch(progress, options.steps)
+            fit(
+                tokenizer_task(model, seed=options.seed),
+                TrainState(model=model, optimizer=build_optimizer(model, training)),
+                ImageLoader(dataset, batch_size=training.batch_size),
+                plan(training, num_images=len(dataset)),
+                training,
+                callbacks=watch,
+                device=torch.device("cpu"),
+            )
+        record = {"set": text, "seconds": round(time.perf_counter() - started), "steps": options.steps}
+        record |= _measure(model.eval(), unseen, options.val_images)
+        record["collapse"] = collapse(record, vocab_size=config.vocab_size)
+        print(json.dumps(record | ({"curve": watch.curve} if options.curve else {})), flush=True)
+        if options.out:
+            _keep(model, unseen, options.out / (text.replace("/", "-") or "default"))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE[,...]")
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--crop-min", type=float, default=0.3)
+    parser.add_argument("--val-images", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--curve", action="store_true", help="print every tenth step as well")
+    parser.add_argument("--out", type=Path, help="folder for tokenizers and pictures")
+    return parser.parse_args()
+
+
+def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, TrainingConfig]:
+    given: dict[str, Any] = {
+        key: _value(value) for key, value in (part.split("=", 1) for part in text.split(",") if part)
+    }
+    rate = given.pop("rate", 1.5e-3)
+    training = TrainingConfig(
+        steps=options.steps, batch_size=options.batch, learning_rate=rate, weight_decay=0.0,
+        precision="fp32", crop_min=options.crop_min, seed=options.seed,
+    )  # fmt: skip
+    return replace(TokenizerConfig(), **given), training
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _measure(model: DiscreteVAE, unseen: ImageDataset, most: int) -> dict[str, Any]:
+    images = (unseen.eval_image(place)[None].float() / 255 for place in range(min(most, len(unseen))))
+    return {name: round(value, 4) for name, value in evaluate_tokenizer(model, images)}
+
+
+def _keep(model: DiscreteVAE, unseen: ImageDataset, folder: Path) -> None:
+    save_tokenizer(model, folder)
+    few = torch.stack([unseen.eval_image(place) for place in range(8)]).float() / 255
+    reconstruction_grid(model, few).save(folder / "reconstruction.png")
+
+
+if __name__ == "__main__":
+    main()
