@@ -127,6 +127,7 @@ def _entropy(probabilities: Tensor) -> float:
     return float(torch.special.entr(probabilities).sum())
 
 
+@pytest.mark.timeout(1200)  # idle it takes a minute
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["respix", "revdet"])
 def test_generator__predicts_masked_tokens_from_the_picture(objective: str) -> None:
@@ -142,6 +143,7 @@ def test_generator__predicts_masked_tokens_from_the_picture(objective: str) -> N
     assert trained.before.metrics["mim_loss"].item() > 0.95 * _entropy(shares)
 
 
+@pytest.mark.timeout(1200)  # idle it takes a minute
 @pytest.mark.slow
 def test_revdet__finds_replaced_tokens() -> None:
     trained = _pretrained("revdet")
@@ -152,6 +154,7 @@ def test_revdet__finds_replaced_tokens() -> None:
     assert trained.before.losses["revdet"].item() > 0.98 * chance
 
 
+@pytest.mark.timeout(1200)  # idle it takes a minute
 @pytest.mark.slow
 def test_respix__restores_what_no_constant_can() -> None:
     trained = _pretrained("respix")
