@@ -4,7 +4,7 @@ import pytest
 import torch
 from timm.layers import DropPath
 
-from cim_core.config import EnhancerConfig, Scalar
+from cim_core.config import EnhancerConfig, GeneratorConfig, Scalar
 from cim_core.errors import ModelError
 from cim_core.models.enhancer import Enhancer
 from cim_core.models.probe import plan_backbone
@@ -121,9 +121,10 @@ def test_shared_layers__refusal_says_why() -> None:
 
 def test_default_shared_blocks__are_two_but_never_more_than_there_are() -> None:
     vit = build("vit_tiny_patch16_224", options=TINY_VIT)
-    assert vit.default_shared_blocks(generator_depth=4) == 2
-    assert vit.default_shared_blocks(generator_depth=1) == 1
-    assert build("resnet18").default_shared_blocks(generator_depth=4) == 0
+    assert vit.default_shared_blocks(GeneratorConfig(depth=4)) == 2
+    assert vit.default_shared_blocks(GeneratorConfig(depth=1)) == 1
+    assert vit.default_shared_blocks(GeneratorConfig(positions="relative")) == 0
+    assert build("resnet18").default_shared_blocks(GeneratorConfig(depth=4)) == 0
 
 
 def test_name__unknown_one_is_answered_with_the_nearest() -> None:
