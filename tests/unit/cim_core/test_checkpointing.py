@@ -15,7 +15,7 @@ from tests.unit.cim_core.cim_models import TINY_VIT
 NETWORKS: Mapping[str, Mapping[str, Scalar]] = {
     "vit_tiny_patch16_224": {**TINY_VIT, "drop_path_rate": 0.5, "proj_drop_rate": 0.2},
     "test_resnet": {"drop_path_rate": 0.5},
-    "test_efficientnet": {"drop_path_rate": 0.5},
+    "test_efficientnet": {},  # without stochastic depth its blocks end in a batch norm
     "test_byobnet": {},
     "test_convnext": {"drop_path_rate": 0.5},
     "regnety_002": {},
@@ -30,9 +30,9 @@ def build(name: str, *, grad_checkpointing: bool) -> Enhancer:
 
 
 def trained(enhancer: Enhancer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients and buffers after two micro-batches."""
+    """Gradients and buffers after three micro-batches."""
     torch.manual_seed(1)
-    for _ in range(2):
+    for _ in range(3):
         enhancer(torch.randn(3, 3, 64, 64)).square().mean().backward()
     gradients = {name: p.grad for name, p in enhancer.named_parameters() if p.grad is not None}
     assert len(gradients) == len(list(enhancer.parameters()))
@@ -75,8 +75,9 @@ def test_recomputation__runs_a_block_twice(*, name: str, grad_checkpointing: boo
     assert len(calls) == (2 if grad_checkpointing else 1)
 
 
-def test_recomputation__statistics_are_the_layers_own_again_behind_it() -> None:
-    enhancer = build("test_resnet", grad_checkpointing=True)
+@pytest.mark.parametrize("name", WITH_BATCH_NORM)
+def test_recomputation__statistics_are_the_layers_own_again_behind_it(name: str) -> None:
+    enhancer = build(name, grad_checkpointing=True)
     before = {name: id(buffer) for name, buffer in enhancer.named_buffers()}
     trained(enhancer)
     assert {name: id(buffer) for name, buffer in enhancer.named_buffers()} == before

@@ -78,6 +78,12 @@ def test_patches__match_a_loop_by_hand(side: int) -> None:
         assert torch.allclose(deviation[b].expand(3, -1, -1).double(), expected_deviation, rtol=1e-4)
 
 
+def test_patches__a_flat_image_has_the_floor_as_deviation() -> None:
+    mean, deviation = PatchStatistics(8)(torch.full((1, 3, 16, 16), 0.7))
+    assert torch.allclose(mean, torch.tensor(0.7))
+    assert torch.allclose(deviation, torch.tensor(1e-3), rtol=0.01)
+
+
 def test_patches__stay_exact_under_autocast() -> None:
     images = torch.rand(1, 3, 16, 16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
