@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from cim_core.config import ModelConfig
 from cim_core.data.dataset import Views
+from cim_core.ema import RunningAverage
 from cim_core.errors import ModelError
 from cim_core.masking import make_mask
 from cim_core.models.enhancer import Enhancer
@@ -70,9 +71,11 @@ class CIM(nn.Module):
         self._frozen = (_freeze(tokenizer),)  # in a tuple, where nn.Module does not register it
         sizes = {"image_size": config.image_size, "patch_size": config.patch_size}
         self.enhancer = Enhancer(config.enhancer, **sizes)
+        decay = config.enhancer.ema_decay
+        self.average = None if decay is None else RunningAverage(self.enhancer.backbone, decay=decay)
         num_shared = config.enhancer.shared_blocks
         if num_shared is None:
-            num_shared = self.enhancer.default_shared_blocks(generator_depth=config.generator.depth)
+            num_shared = self.enhancer.default_shared_blocks(config.generator)
         self.generator = SmallBEiT(
             config.generator,
             **sizes,
@@ -153,13 +156,20 @@ class CIM(nn.Module):
         side = self.config.image_size
         if decoded_B3TT.shape[-1] != side:
             shrinks = decoded_B3TT.shape[-1] > side
-            decoded_B3TT = F.interpolate(decoded_B3TT, size=(side, side), mode="bicubic", antialias=shrinks)
+            mode = self.config.interpolation
+            decoded_B3TT = F.interpolate(decoded_B3TT, size=(side, side), mode=mode, antialias=shrinks)
         # Bicubic overshoots at edges.
         return decoded_B3TT.clamp(0, 1)
 
     def normalise(self, images_B3HW: Tensor) -> Tensor:
         """Images in [0, 1] as both networks want them: ImageNet mean 0, deviation 1."""
         return (images_B3HW - self.mean) / self.std
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The timm network to take away: the running average of the enhancer's weights where there is one."""
+        encoder: nn.Module = self.enhancer.backbone if self.average is None else self.average.module
+        return encoder
 
     @property
     def tokenizer(self) -> Tokenizer:

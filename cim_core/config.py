@@ -240,6 +240,9 @@ class ModelConfig:
         rules.at_least(1, "image_size", "patch_size")
         fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
         rules.check("image_size", f"must be a multiple of patch_size {self.patch_size}", ok=fits)
+        if not self._patches_tile():
+            rule = f"must divide image_size {self.image_size} where normalise is patch"
+            raise ConfigError([("objective.window", f"{rule}, got {self.objective.window}")])
         shared = self.enhancer.shared_blocks or 0
         rule = f"must not be fewer than the {shared} blocks shared with the enhancer"
         if shared > self.generator.depth:
@@ -250,6 +253,11 @@ class ModelConfig:
             )
             raise ConfigError([("generator.positions", told)])
         rules.done()
+
+    def _patches_tile(self) -> bool:
+        """Whether the patches that normalise a respix target, if any do, cover the image exactly."""
+        by_patch = self.objective.name == "respix" and self.objective.normalise == "patch"
+        return not by_patch or self.image_size % self.objective.window == 0
 
     @property
     def grid(self) -> int:

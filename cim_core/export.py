@@ -35,10 +35,13 @@ def export_encoder(cim: CIM, folder: str | Path, *, card: Mapping[str, Any]) -> 
 
 
 def encoder_weights(cim: CIM) -> dict[str, Tensor]:
-    """The enhancer's tensors under the names and shapes that timm's own model has, on the CPU."""
+    """The encoder's tensors under the names and shapes that timm's own model has, on the CPU.
+
+    They are the enhancer's last ones, or their running average where `cim` has one.
+    """
     plan = cim.enhancer.plan
     own = build_on_meta(plan.name, plan.export_args).state_dict()
-    trained = cim.enhancer.backbone.state_dict()
+    trained = cim.encoder.state_dict()
     assert own.keys() == trained.keys(), (
         f"{plan.name} is exported with other tensors than it was trained with"
     )
@@ -88,6 +91,7 @@ def model_card(cim: CIM, *, config: Mapping[str, Any], num_parameters: int, card
         "Objective": f"`{model.objective.name}`, weight {cim.weight:g}",
         "Tokenizer": f"{tokenizer}, {cim.tokenizer.vocab_size} tokens, {cim.tokenizer.stride} pixels each",
         "Token grid": f"{model.grid} x {model.grid}",
+        "Weights": _which_weights(model.enhancer.ema_decay),
         "PyTorch": torch.__version__,
         **{key.replace("_", " ").capitalize(): card.get(key, "not recorded") for key in CARD_KEYS},
         **{key.replace("_", " ").capitalize(): value for key, value in card.items() if key not in CARD_KEYS},
@@ -95,6 +99,10 @@ def model_card(cim: CIM, *, config: Mapping[str, Any], num_parameters: int, card
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in facts.items())
     warning = _FAKE_WARNING if cim.tokenizer.is_fake else ""
     return _CARD.format(name=config["architecture"], rows=rows, warning=warning)
+
+
+def _which_weights(ema_decay: float | None) -> str:
+    return "of the last step" if ema_decay is None else f"running average over the steps, decay {ema_decay:g}"
 
 
 def _num_elements(weights: Mapping[str, Tensor]) -> int:

@@ -31,6 +31,7 @@ def describe(name: str) -> dict[str, Any]:
         entry = {"kind": "map", "width": default_width(name), "input_size": size, "ok": False}
         return {**entry, "why": why[:_MAX_WHY]}
     entry = {"kind": "vit" if plan.is_vit else "map", "width": plan.width, "input_size": size, "ok": True}
+    entry["can_checkpoint"] = plan.can_checkpoint
     if plan.is_vit:
         entry |= {"heads": plan.heads, "depth": plan.depth, "patch": plan.patch, "can_share": plan.can_share}
     return {key: value for key, value in entry.items() if value is not None}

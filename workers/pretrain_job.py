@@ -104,7 +104,7 @@ def _probe(rank: Rank, cim: CIM) -> dict[str, float]:
 
 
 def encoder_of(cim: CIM) -> nn.Module:
-    """The enhancer as timm's own model, with its pooling: what a user of the export gets."""
+    """What a user of the export gets: weights (averaged where asked for) and pooling of timm's own model."""
     plan = cim.enhancer.plan
     model: nn.Module = timm.create_model(plan.name, **plan.export_args)
     model.load_state_dict(encoder_weights(cim))

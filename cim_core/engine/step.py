@@ -1,4 +1,4 @@
-"""One optimizer step: accumulate, agree that all is finite, clip, update.
+"""One optimizer step: accumulate, agree that all is finite, clip, update, average.
 
 The forward pass knows one device. What several processes need comes from outside: a wrapped module
 inside the task, and its `no_sync` for all but the last micro-batch.
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cim_core.config import TrainingConfig
 from cim_core.durations import Plan
+from cim_core.ema import update_averages
 from cim_core.engine import dist
 from cim_core.engine.state import TrainState
 from cim_core.errors import NonFiniteError
@@ -94,6 +95,7 @@ def train_step(
         parameters = _parameters(state)
         torch.nn.utils.clip_grads_with_norm_(parameters, training.clip_norm, metrics["grad_norm"])
     state.optimizer.step()
+    update_averages(state.model)
     state.step += 1
     return StepResult(metrics=metrics, learning_rate=rate, stop=stop)
 

@@ -5,12 +5,15 @@ Shape letters in this file:
     H, W  image height and width, pixels
 """
 
+from contextlib import nullcontext
+
 import timm
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from cim_core.config import EnhancerConfig
+from cim_core.config import EnhancerConfig, GeneratorConfig
 from cim_core.errors import ModelError
+from cim_core.models.checkpointing import Recomputation
 from cim_core.models.generator import SharedLayers
 from cim_core.models.init import init_plain_vit
 from cim_core.models.probe import BackbonePlan, plan_backbone, raw_features, to_map
@@ -36,11 +39,13 @@ class Enhancer(nn.Module):
             _switch_off_dropout(self.backbone)
         if self.plan.can_share:
             init_plain_vit(self.backbone)
+        self._recomputation = _recomputation(self.backbone, self.plan) if config.grad_checkpointing else None
 
     def forward(self, images_B3HW: Tensor) -> Tensor:
         """Features [B, D, h, h] of ImageNet-normalised images of `image_size` pixels a side."""
         plan = self.plan
-        features = raw_features(self.backbone, images_B3HW, through_head=plan.through_head)
+        with self._recomputation.first_pass() if self._recomputation else nullcontext():
+            features = raw_features(self.backbone, images_B3HW, through_head=plan.through_head)
         return to_map(features, layout=plan.layout, num_prefix=plan.num_prefix, side=plan.side)
 
     @property
@@ -63,9 +68,11 @@ class Enhancer(nn.Module):
         """Whether a generator can use the first layers: plain timm VisionTransformers only."""
         return self.plan.can_share
 
-    def default_shared_blocks(self, *, generator_depth: int) -> int:
+    def default_shared_blocks(self, generator: GeneratorConfig) -> int:
         """How many blocks are shared where the configuration leaves it open."""
-        return min(DEFAULT_SHARED_BLOCKS, generator_depth, self.plan.depth or 0) if self.can_share else 0
+        if not self.can_share or generator.positions == "relative":
+            return 0
+        return min(DEFAULT_SHARED_BLOCKS, generator.depth, self.plan.depth or 0)
 
     def shared_layers(self, num_blocks: int) -> SharedLayers | None:
         """Patch embedding and first blocks, for the generator; None where `num_blocks` is 0."""
@@ -96,6 +103,15 @@ def _switch_off_dropout(backbone: nn.Module) -> None:
             part.drop_prob = 0.0
         elif isinstance(part, nn.Dropout):
             part.p = 0.0
+
+
+def _recomputation(backbone: nn.Module, plan: BackbonePlan) -> Recomputation:
+    if not plan.can_checkpoint:
+        raise ModelError(
+            f"enhancer.grad_checkpointing: timm {timm.__version__} has none for {plan.name}; set false, and "
+            "where memory is short lower training.batch_size or raise training.accumulation"
+        )
+    return Recomputation(backbone)
 
 
 def _what_it_is(backbone: nn.Module) -> str:

@@ -5,13 +5,14 @@ Shape letters in this file:
     D  width       V  vocabulary           H, W  image height and width, pixels
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 import torch
 from timm.layers import PatchEmbed
-from timm.models.vision_transformer import Block
+from timm.models import beit, vision_transformer
 from torch import Tensor, nn
 
 from cim_core.config import GeneratorConfig
@@ -20,6 +21,11 @@ from cim_core.models.init import init_blocks, init_linear, trunc_normal
 
 CNN_WIDTH = 384  # of a generator whose enhancer is no ViT; METHOD: two re-implementations use it
 HEAD_WIDTH = 64
+
+# BEiT's blocks take a bias of the attention, and have none on their keys.
+BLOCKS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
+    {"absolute": vision_transformer.Block, "relative": beit.Block}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,11 @@ class SharedLayers:
 
 
 class SmallBEiT(nn.Module):
-    """Patch embedding, mask token, absolute positions, blocks, norm, one linear layer to the vocabulary.
+    """Patch embedding, mask token, positions, blocks, norm, one linear layer to the vocabulary.
+
+    Absolute positions are learned vectors, added once. Relative ones are BEiT's: a learned bias of the
+    attention for each distance, one table of (2g - 1)^2 + 3 rows for all blocks (g positions a side; the
+    last three rows are class to patch, patch to class, class to class), and no absolute ones.
 
     Shared layers are used here but not registered here: they appear once, under the enhancer, in
     `parameters()` and in the state_dict, and they are initialised, moved and decayed there.
@@ -54,7 +64,8 @@ class SmallBEiT(nn.Module):
         width = config.width or enhancer_width or CNN_WIDTH
         heads = config.heads or (shared.heads if shared else max(1, width // HEAD_WIDTH))
         _check_sizes(config, width=width, heads=heads, shared=shared)
-        self.num_positions = (image_size // patch_size) ** 2
+        grid = image_size // patch_size
+        self.num_positions = grid**2
         own_embed = None if shared else PatchEmbed(image_size, patch_size, embed_dim=width)
         shared_blocks = tuple(shared.blocks) if shared else ()
         num_own = config.depth - len(shared_blocks)
@@ -62,10 +73,11 @@ class SmallBEiT(nn.Module):
         self.patch_embed = own_embed
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.num_positions, width))
-        self.blocks = nn.ModuleList(
-            Block(width, num_heads=heads, qkv_bias=True, norm_layer=norm) for _ in range(num_own)
-        )
+        relative = config.positions == "relative"
+        self.pos_embed = None if relative else nn.Parameter(torch.empty(1, 1 + self.num_positions, width))
+        self.rel_pos_bias = beit.RelativePositionBias((grid, grid), heads) if relative else None
+        block = partial(BLOCKS[config.positions], width, heads, qkv_bias=True, norm_layer=norm)
+        self.blocks = nn.ModuleList(block(init_values=config.layer_scale or None) for _ in range(num_own))
         self.norm = norm(width)
         self.lm_head = nn.Linear(width, vocab_size)
         # A tuple, because nn.Module registers modules that are attributes but not those in tuples.
@@ -82,9 +94,12 @@ class SmallBEiT(nn.Module):
         assert embed is not None
         tokens_BND = self.apply_mask(embed(images_B3HW), mask_BN)
         cls_B1D = self.cls_token.expand(len(tokens_BND), -1, -1)
-        x = torch.cat([cls_B1D.to(tokens_BND.dtype), tokens_BND], dim=1) + self.pos_embed
+        x = torch.cat([cls_B1D.to(tokens_BND.dtype), tokens_BND], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        bias = {} if self.rel_pos_bias is None else {"shared_rel_pos_bias": self.rel_pos_bias()}
         for block in (*shared_blocks, *self.blocks):
-            x = block(x)
+            x = block(x, **bias)
         hidden_MD = self.norm(x)[:, 1:][mask_BN]
         logits_MV: Tensor = self.lm_head(hidden_MD)
         return logits_MV
@@ -95,7 +110,10 @@ class SmallBEiT(nn.Module):
 
     def _init_own_weights(self) -> None:
         for parameter in (self.mask_token, self.cls_token, self.pos_embed):
-            trunc_normal(parameter)
+            if parameter is not None:
+                trunc_normal(parameter)
+        if self.rel_pos_bias is not None:
+            nn.init.zeros_(self.rel_pos_bias.relative_position_bias_table)
         if self.patch_embed is not None:
             init_linear(self.patch_embed.proj)
         init_blocks(self.blocks, first=1 + len(self._shared[1]))
@@ -107,6 +125,11 @@ def _check_sizes(config: GeneratorConfig, *, width: int, heads: int, shared: Sha
     if width % heads:
         problems.append(("generator.heads", f"must divide the width {width}, got {heads}"))
     if shared is not None:
+        if config.positions == "relative":
+            told = (
+                "must be absolute where blocks are shared: the enhancer's know no relative bias, got relative"
+            )
+            problems.append(("generator.positions", told))
         lesson = "must equal the enhancer's {0}, whose blocks are shared, got {1}; drop it or share no blocks"
         if width != shared.width:
             problems.append(("generator.width", lesson.format(shared.width, width)))

@@ -5,6 +5,8 @@
     biases                                           0
     norms                                            1, 0
     class token, mask token, absolute positions      truncated normal, std 0.02
+    relative position bias                           0
+    layer scale                                      generator.layer_scale
     attention output, 2nd MLP layer of block l       divided by sqrt(2 l), l counted from 1
 
 Source: BEiT's pre-training code (arXiv 2106.08254), which cuts the normal at one standard

@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
 from cim_core.errors import ModelError
+from cim_core.models.checkpointing import can_checkpoint
 
 Layout = Literal["tokens", "channels_first", "channels_last"]
 Args = Mapping[str, Any]
@@ -57,6 +58,7 @@ class BackbonePlan:
     side: int  # feature positions a side
     is_vit: bool  # one token a patch from the first to the last layer
     can_share: bool  # a plain timm VisionTransformer
+    can_checkpoint: bool  # timm has gradient checkpointing for it
     patch: int | None  # pixels; None where the model has no patches of its own
     heads: int | None
     depth: int | None
@@ -223,6 +225,7 @@ def _try(name: str, args: Args, *, image_size: int, through_head: bool) -> Backb
         side=side,
         is_vit=is_vit,
         can_share=is_vit and _is_plain(model),
+        can_checkpoint=can_checkpoint(model),
         patch=patch if is_vit else None,
         heads=_num_heads(blocks) if is_vit else None,
         depth=len(blocks) if is_vit and hasattr(model, "blocks") else None,

@@ -3,10 +3,14 @@
 Shape letters in this file:
     B  images      C  colour channels (3)      H, W  image height and width, pixels
     N  token positions      D  feature channels      h  feature positions a side
+    P  patches a side, each of p x p pixels
 
 Images are in [0, 1]; normalised pixels have no unit. CIM (arXiv 2202.03382), section on RESPIX;
 what the paper leaves open is listed in docs/method.md.
 """
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +53,49 @@ class WindowStatistics(nn.Module):
         return F.avg_pool2d(F.pad(x_BCHW, padding), self.window, stride=1) / area_11HW
 
 
+class PatchStatistics(nn.Module):
+    """Mean and deviation of the patch that each pixel lies in, one number for all channels, as in MAE.
+
+    Patches of `patch` pixels a side tile the image. As in MAE's code (arXiv 2111.06377) the variance
+    is over the p * p * C numbers of a patch together, with Bessel's correction.
+    """
+
+    def __init__(self, patch: int, *, eps: float = EPS) -> None:
+        super().__init__()
+        self.patch = patch
+        self.eps = eps
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Patch means and deviations (eps included), each float32 [B, 1, H, W]; `patch` divides H and W."""
+        with torch.autocast(x_BCHW.device.type, enabled=False):
+            num_images, num_channels, height, width = x_BCHW.shape
+            side = self.patch
+            tiles = (num_images, num_channels, height // side, side, width // side, side)
+            x_BCPpPp = x_BCHW.float().reshape(tiles)
+            variance_BPP, mean_BPP = torch.var_mean(x_BCPpPp, dim=(1, 3, 5))
+            return self._spread(mean_BPP), self._spread((variance_BPP + self.eps).sqrt())
+
+    def _spread(self, values_BPP: Tensor) -> Tensor:
+        """Each patch's value at all of its pixels, [B, 1, H, W]."""
+        values_BPW = values_BPP.repeat_interleave(self.patch, dim=2)
+        return values_BPW.repeat_interleave(self.patch, dim=1)[:, None]
+
+
+class NoStatistics(nn.Module):
+    """Mean 0 and deviation 1: pixels stay as they are."""
+
+    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        """Zeros and ones, each float32 [B, C, H, W]."""
+        zeros_BCHW = torch.zeros_like(x_BCHW, dtype=torch.float32)
+        return zeros_BCHW, zeros_BCHW + 1
+
+
+# What a pixel is normalised by, for a side in pixels: forward gives mean and deviation of each pixel.
+STATISTICS: Mapping[str, Callable[[int], nn.Module]] = MappingProxyType(
+    {"window": WindowStatistics, "patch": PatchStatistics, "none": lambda _: NoStatistics()}
+)
+
+
 class Respix(Objective):
     """Head and loss: `l1 * mean|d| + l2 * mean d^2` over all pixels, d = prediction - normalised original."""
 
@@ -57,7 +104,7 @@ class Respix(Objective):
     ) -> None:
         super().__init__()
         self.l1, self.l2, self.grid = config.l1, config.l2, grid
-        self.statistics = WindowStatistics(config.window)
+        self.statistics = STATISTICS[config.normalise](config.window)
         self.head = PixelHead(width, feature_side=feature_side, target_side=image_size)
 
     def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
@@ -84,9 +131,9 @@ class Respix(Objective):
     def picture(self, prediction: Tensor, *, clean_B3HW: Tensor, corrupted_B3HW: Tensor) -> Tensor:
         """The prediction [B, 3, H, W] as images in [0, 1].
 
-        The network predicts pixels relative to their window; to be seen, they are put back with the
-        window statistics OF THE ORIGINAL. So brightness and contrast of the picture are given, and
-        only the structure in it is the network's.
+        The network predicts pixels relative to their window or patch; to be seen, they are put back
+        with the statistics OF THE ORIGINAL. So brightness and contrast of the picture are given, and
+        only the structure in it is the network's. Without normalisation all of it is.
         """
         del corrupted_B3HW
         mean, deviation = self.statistics(clean_B3HW)

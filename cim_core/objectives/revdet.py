@@ -25,9 +25,11 @@ class Revdet(Objective):
         self, config: ObjectiveConfig, *, width: int, feature_side: int, image_size: int, grid: int
     ) -> None:
         super().__init__()
-        del config, image_size
+        del image_size
         self.grid = grid
-        self.head = DetectionHead(width, feature_side=feature_side, target_side=grid)
+        self.head = DetectionHead(
+            width, feature_side=feature_side, target_side=grid, upsample=config.upsample
+        )
 
     def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:
         """Judge features [B, D, h, h]; the prediction is one logit a position, [B, N]."""

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from cim_core.config import GeneratorConfig, ModelConfig, TrainingConfig
+from cim_core.config import EnhancerConfig, GeneratorConfig, ModelConfig, TrainingConfig
 from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width, nearest_enhancers
 from service.contracts.problems import FieldProblem
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources, TokenizerSpec
@@ -61,6 +61,13 @@ def _model(model: ModelConfig) -> Iterator[FieldProblem]:
         yield _problem("model.enhancer.options", told, dict(model.enhancer.options))
     else:
         yield from _sharing(model, facts)
+        yield from _checkpointing(model.enhancer, facts)
+
+
+def _checkpointing(enhancer: EnhancerConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
+    if enhancer.grad_checkpointing and not facts.can_checkpoint:
+        told = f"must be false for {enhancer.name}: timm has no gradient checkpointing for it"
+        yield _problem("model.enhancer.grad_checkpointing", f"{told}, got True", True)  # noqa: FBT003
 
 
 def _sharing(model: ModelConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:

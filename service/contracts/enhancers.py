@@ -25,6 +25,7 @@ class EnhancerFacts(Stored):
     depth: int | None = None
     patch: int | None = None  # its own patch size; ours takes its place
     can_share: bool = False  # its first blocks fit the generator
+    can_checkpoint: bool = False  # timm has gradient checkpointing for it
     ok: bool = True
     why: str = ""  # it cannot serve
 

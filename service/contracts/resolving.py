@@ -44,6 +44,8 @@ def _model(model: ModelConfig) -> ModelConfig:
 
 def _shared_blocks(model: ModelConfig, facts: EnhancerFacts) -> int:
     """Two for a plain ViT, fewer where one of the two has fewer; none where they cannot fit."""
+    if model.generator.positions == "relative":
+        return 0  # the enhancer's blocks know no relative bias
     ours = ((model.generator.width, facts.width), (model.generator.heads, facts.heads))
     if not facts.can_share or any(mine not in (None, theirs) for mine, theirs in ours):
         return 0

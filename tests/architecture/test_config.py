@@ -11,6 +11,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from cim_core import config, masking, registry
+from cim_core.models import generator, heads
+from cim_core.objectives import respix
 from cim_core.tokenizers import quantise
 from service.contracts import specs
 from service.contracts.base import Contract
@@ -75,6 +77,9 @@ def literals(hint: Any) -> set[str] | None:
     [
         (config.ObjectiveConfig, "name", registry.OBJECTIVES),
         (config.ObjectiveConfig, "name", registry.DEFAULT_WEIGHTS),
+        (config.ObjectiveConfig, "normalise", respix.STATISTICS),
+        (config.ObjectiveConfig, "upsample", heads.UPSAMPLE),
+        (config.GeneratorConfig, "positions", generator.BLOCKS),
         (config.MaskingConfig, "strategy", masking._STRATEGIES),
         (config.TokenizerConfig, "quantiser", quantise.QUANTISERS),
     ],
@@ -92,10 +97,15 @@ def test_choices__each_is_looked_at_here() -> None:
         for name, hint in typing.get_type_hints(cls).items()
         if literals(hint) is not None
     }
-    # Precision is a flag of the loop (autocast on or off), not something to be built.
+    # Precision is a flag of the loop (autocast on or off), interpolation a word that torch is handed as it
+    # is; neither is something to be built.
     assert literal == {
         ("TrainingConfig", "precision"),
+        ("ModelConfig", "interpolation"),
         ("ObjectiveConfig", "name"),
+        ("ObjectiveConfig", "normalise"),
+        ("ObjectiveConfig", "upsample"),
+        ("GeneratorConfig", "positions"),
         ("MaskingConfig", "strategy"),
         ("TokenizerConfig", "quantiser"),
     }

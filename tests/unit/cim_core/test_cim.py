@@ -7,7 +7,7 @@ from torch import nn
 
 from cim_core import masking
 from cim_core.cim import CIM, StepOutput, build_cim, on_device, sample_tokens, to_unit
-from cim_core.config import MaskingConfig, ObjectiveConfig
+from cim_core.config import GeneratorConfig, MaskingConfig, ObjectiveConfig
 from cim_core.data.dataset import Views
 from cim_core.errors import ModelError
 from cim_core.registry import DEFAULT_WEIGHTS, OBJECTIVES
@@ -196,6 +196,32 @@ def test_corrupted__is_the_decoders_picture_at_image_size() -> None:
     # Two pixels around the middle of a cell see, in a bicubic enlargement by 2, only that cell.
     centre = output.corrupted_B3HW[:, 0, 3::8, 3::8].flatten(1)
     assert torch.allclose(centre, levels, atol=1e-5)
+
+
+def test_corrupted__is_enlarged_as_the_configuration_says() -> None:
+    """Enlarged by 2, a bilinear pixel lies a quarter of the way between two; a bicubic one looks further."""
+    bicubic, bilinear = (
+        tiny_cim(replace(model_config(), interpolation=mode)) for mode in ("bicubic", "bilinear")
+    )
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    tokens[0, 1::4] = 8  # the second column of cells, each 4 pixels wide before and 8 after
+    dark, bright = 0.5 / 16, 8.5 / 16
+    row = bilinear.corrupt(tokens)[0, 0, 16]
+    expected = [dark] * 7 + [0.75 * dark + 0.25 * bright, 0.25 * dark + 0.75 * bright] + [bright] * 6
+    assert row[:15].tolist() == pytest.approx(expected, abs=1e-6)
+    assert bicubic.corrupt(tokens)[0, 0, 16, 9].item() > bright + 0.01
+
+
+def test_sharing__nothing_is_shared_with_relative_positions() -> None:
+    config = model_config()
+    relative = tiny_cim(replace(config, generator=GeneratorConfig(depth=2, positions="relative")))
+    names = set(relative.state_dict())
+    assert "generator.patch_embed.proj.weight" in names
+    assert "generator.rel_pos_bias.relative_position_bias_table" in names
+    assert "generator.pos_embed" not in names
+    step(relative).losses["mim"].backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None for p in relative.enhancer.parameters())
+    assert all(p.grad is not None for p in relative.generator.parameters())
 
 
 @pytest.mark.parametrize(("stride", "side"), [(8, 32), (16, 64), (2, 8)])

@@ -3,11 +3,14 @@ from collections.abc import Mapping
 import pytest
 import torch
 from timm.layers import DropPath
+from torch import nn
 
-from cim_core.config import EnhancerConfig, Scalar
+from cim_core.config import EnhancerConfig, GeneratorConfig, ObjectiveConfig, Scalar
 from cim_core.errors import ModelError
 from cim_core.models.enhancer import Enhancer
 from cim_core.models.probe import plan_backbone
+from cim_core.objectives.base import Truth
+from cim_core.registry import build_objective
 from tests.unit.cim_core.cim_models import TINY_VIT
 
 
@@ -17,16 +20,27 @@ def build(
     return Enhancer(EnhancerConfig(name=name, options=options or {}), image_size=size, patch_size=patch)
 
 
+def awake(enhancer: Enhancer) -> Enhancer:
+    """Norms and residual branches that start at zero would hide, for one step, what is connected."""
+    for parameter in enhancer.parameters():
+        if parameter.ndim < 2 or not parameter.any():
+            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
+    return enhancer.train()
+
+
+def idle(network: nn.Module) -> list[str]:
+    """Parameters whose gradient is missing or zero."""
+    return [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
+
+
 @pytest.mark.parametrize(
     ("name", "size", "patch", "options"),
     [
-        ("vit_tiny_patch16_224", 64, 8, {"depth": 2}),
         ("vit_tiny_patch16_224", 65, 13, {"depth": 2}),
         ("vit_base_patch16_siglip_224", 32, 16, {"depth": 1, "embed_dim": 48, "num_heads": 3}),
         ("vit_relpos_small_patch16_224", 40, 8, {"depth": 2}),
         ("deit3_small_patch16_224", 40, 5, {"depth": 2}),
         ("beit_base_patch16_224", 32, 8, {"depth": 1, "embed_dim": 48, "num_heads": 3}),
-        ("resnet18", 64, 8, {}),
         ("convnext_atto", 64, 8, {}),
         ("mobilenetv3_small_050", 65, 13, {}),
         ("swin_tiny_patch4_window7_224", 96, 16, {}),
@@ -35,20 +49,49 @@ def build(
 def test_forward__is_a_map_and_every_parameter_learns(
     name: str, size: int, patch: int, options: dict[str, Scalar]
 ) -> None:
-    enhancer = build(name, size=size, patch=patch, options=options).train()
-    for parameter in enhancer.parameters():
-        if parameter.ndim < 2 or not parameter.any():
-            # Norms and residual branches that start at zero would hide, for one step, what is connected.
-            torch.nn.init.normal_(parameter, mean=0.5, std=0.2)
+    enhancer = awake(build(name, size=size, patch=patch, options=options))
     features = enhancer(torch.randn(2, 3, size, size))
     assert features.shape == (2, enhancer.width, enhancer.side, enhancer.side)
     (features * torch.randn_like(features)).sum().backward()
-    idle = [
-        key
-        for key, p in enhancer.named_parameters()
-        if p.requires_grad and (p.grad is None or not p.grad.any())
-    ]
-    assert idle == []
+    assert idle(enhancer) == []
+
+
+# Networks that users will name first; ViTs of their real width, but of two blocks.
+NAMED: Mapping[str, tuple[int, int, Mapping[str, Scalar]]] = {
+    "vit_tiny_patch16_224": (32, 16, {"depth": 2}),
+    "vit_small_patch16_224": (32, 16, {"depth": 2}),
+    "vit_base_patch16_224": (32, 16, {"depth": 2}),
+    "deit3_small_patch16_224": (32, 16, {"depth": 2}),
+    "resnet18": (64, 16, {}),
+    "resnet50": (64, 16, {}),
+    "wide_resnet50_2": (64, 16, {}),
+    "convnext_tiny": (64, 16, {}),
+    "regnety_016": (64, 16, {}),
+    "efficientnet_b0": (64, 16, {}),
+    "swin_tiny_patch4_window7_224": (64, 16, {}),
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_network__both_objectives_train_every_parameter(name: str) -> None:
+    size, patch, options = NAMED[name]
+    enhancer = awake(build(name, size=size, patch=patch, options=options))
+    grid = size // patch
+    features = enhancer(torch.randn(2, 3, size, size))
+    truth = Truth(
+        clean_B3HW=torch.rand(2, 3, size, size),
+        mask_BN=torch.ones(2, grid * grid, dtype=torch.bool),
+        replaced_BN=torch.rand(2, grid * grid) < 0.5,
+    )
+    for config in (ObjectiveConfig(name="respix"), ObjectiveConfig(name="revdet")):
+        objective = build_objective(
+            config, width=enhancer.width, feature_side=enhancer.side, image_size=size, grid=grid
+        )
+        loss = objective(features, truth).loss
+        loss.backward(retain_graph=config.name == "respix")
+        assert idle(enhancer) == []
+        assert idle(objective) == []
+        enhancer.zero_grad()
 
 
 def test_vit__map_holds_the_patch_tokens_in_their_places() -> None:
@@ -121,9 +164,10 @@ def test_shared_layers__refusal_says_why() -> None:
 
 def test_default_shared_blocks__are_two_but_never_more_than_there_are() -> None:
     vit = build("vit_tiny_patch16_224", options=TINY_VIT)
-    assert vit.default_shared_blocks(generator_depth=4) == 2
-    assert vit.default_shared_blocks(generator_depth=1) == 1
-    assert build("resnet18").default_shared_blocks(generator_depth=4) == 0
+    assert vit.default_shared_blocks(GeneratorConfig(depth=4)) == 2
+    assert vit.default_shared_blocks(GeneratorConfig(depth=1)) == 1
+    assert vit.default_shared_blocks(GeneratorConfig(positions="relative")) == 0
+    assert build("resnet18").default_shared_blocks(GeneratorConfig(depth=4)) == 0
 
 
 def test_name__unknown_one_is_answered_with_the_nearest() -> None:

@@ -68,6 +68,7 @@ def test_init__follows_the_table() -> None:
         assert float(block.mlp.fc1.weight.std()) == pytest.approx(0.54 * 0.02, rel=0.05)
         assert not block.mlp.fc1.bias.any()
     assert float(model.lm_head.weight.abs().max()) <= 0.02
+    assert model.pos_embed is not None
     assert model.pos_embed.any()
     assert model.mask_token.any()
 

@@ -41,6 +41,49 @@ def test_detection_head__shrinks_by_averaging_so_that_every_feature_counts() -> 
     assert head(features)[0, 5].item() == pytest.approx(expected.item(), abs=1e-6)
 
 
+def enlarged_by_hand(row: list[float], side: int) -> list[float]:
+    """Linear interpolation between pixel centres; beyond the outer centres the outer values go on."""
+    result = []
+    for place in range(side):
+        centre = (place + 0.5) * len(row) / side - 0.5
+        left = min(max(int(centre // 1), 0), len(row) - 1)
+        right = min(left + 1, len(row) - 1)
+        share = min(max(centre - left, 0.0), 1.0)
+        result.append(row[left] * (1 - share) + row[right] * share)
+    return result
+
+
+@pytest.mark.parametrize(("side", "target"), [(2, 4), (2, 5), (7, 14), (1, 3)])
+def test_bilinear_head__is_one_logit_a_position_enlarged(side: int, target: int) -> None:
+    head = DetectionHead(3, feature_side=side, target_side=target, upsample="bilinear")
+    features = torch.randn(1, 3, side, side)
+    weight, bias = head.proj.weight[0, :, 0, 0], head.proj.bias
+    assert head.proj.weight.shape == (1, 3, 1, 1)
+    assert bias is not None
+    coarse = [[(weight @ features[0, :, y, x] + bias).item() for x in range(side)] for y in range(side)]
+    wide = [enlarged_by_hand(row, target) for row in coarse]
+    columns = [enlarged_by_hand(list(column), target) for column in zip(*wide, strict=True)]
+    expected = torch.tensor(columns).T.flatten()
+    assert torch.allclose(head(features)[0], expected, atol=1e-5)
+
+
+def test_bilinear_head__equals_a_linear_layer_on_the_enlarged_features() -> None:
+    head = DetectionHead(3, feature_side=2, target_side=4, upsample="bilinear")
+    torch.nn.init.constant_(head.proj.bias, 0.3)  # type: ignore[arg-type]
+    features = torch.randn(2, 3, 2, 2)
+    enlarged = torch.nn.functional.interpolate(features, size=(4, 4), mode="bilinear")
+    assert torch.allclose(head(features), head.proj(enlarged).flatten(1), atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [5, 10])
+def test_bilinear_head__is_the_other_one_where_the_map_is_not_coarser(side: int) -> None:
+    features = torch.randn(1, 3, side, side)
+    shuffled = DetectionHead(3, feature_side=side, target_side=5)
+    bilinear = DetectionHead(3, feature_side=side, target_side=5, upsample="bilinear")
+    bilinear.load_state_dict(shuffled.state_dict())
+    assert torch.equal(shuffled(features), bilinear(features))
+
+
 def test_upscale_head__every_weight_gets_gradient_where_the_sides_do_not_fit() -> None:
     head = PixelHead(4, feature_side=2, target_side=65)
     head(torch.randn(2, 4, 2, 2)).square().mean().backward()

@@ -2,7 +2,8 @@ import timm
 import torch
 from torch import nn
 
-from cim_core.config import TrainingConfig
+from cim_core.config import GeneratorConfig, TrainingConfig
+from cim_core.models.generator import SmallBEiT
 from cim_core.optim import build_optimizer, decays, parameter_groups
 
 
@@ -17,6 +18,15 @@ def test_groups__names_of_a_vit_without_decay() -> None:
         if name in kept
     )
     assert decays("blocks.0.attn.qkv.weight", vit.blocks[0].attn.qkv.weight)
+
+
+def test_groups__a_beit_generator_decays_its_mask_token_and_its_bias_table() -> None:
+    config = GeneratorConfig(depth=2, width=32, heads=2, positions="relative", layer_scale=0.1)
+    generator = SmallBEiT(config, image_size=24, patch_size=8, vocab_size=11)
+    kept = {name for name, p in generator.named_parameters() if not decays(name, p)}
+    assert {"cls_token", "blocks.0.gamma_1", "blocks.1.attn.q_bias", "norm.bias"} <= kept
+    decayed = {name for name, _ in generator.named_parameters()} - kept
+    assert {"mask_token", "rel_pos_bias.relative_position_bias_table", "blocks.0.attn.qkv.weight"} <= decayed
 
 
 def test_groups__mask_token_and_two_dimensional_bias() -> None:

@@ -1,10 +1,12 @@
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
 from cim_core.config import ObjectiveConfig
 from cim_core.objectives.base import Truth
-from cim_core.objectives.respix import Respix, WindowStatistics, masked_mean
+from cim_core.objectives.respix import PatchStatistics, Respix, WindowStatistics, masked_mean
 
 
 def by_hand(image_CHW: Tensor, window: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -53,8 +55,62 @@ def test_statistics__stay_exact_under_autocast() -> None:
     assert torch.equal(deviation, expected[1])
 
 
-def objective(*, l1: float = 1.0, l2: float = 1.0) -> Respix:
-    config = ObjectiveConfig(name="respix", window=4, l1=l1, l2=l2)
+def patches_by_hand(image_CHW: Tensor, side: int, eps: float) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each pixel's patch in float64: MAE's, over pixels and channels together."""
+    image = image_CHW.double()
+    mean, deviation = torch.empty_like(image), torch.empty_like(image)
+    for y, x in torch.cartesian_prod(*(torch.arange(n) for n in image.shape[1:])).tolist():
+        top, left = y - y % side, x - x % side
+        numbers = [float(n) for n in image[:, top : top + side, left : left + side].flatten()]
+        middle = sum(numbers) / len(numbers)
+        variance = sum((number - middle) ** 2 for number in numbers) / (len(numbers) - 1)
+        mean[:, y, x], deviation[:, y, x] = middle, (variance + eps) ** 0.5
+    return mean, deviation
+
+
+@pytest.mark.parametrize("side", [2, 3, 6])
+def test_patches__match_a_loop_by_hand(side: int) -> None:
+    images = torch.rand(2, 3, 6, 12, generator=torch.Generator().manual_seed(0))
+    mean, deviation = PatchStatistics(side)(images)
+    for b in range(2):
+        expected_mean, expected_deviation = patches_by_hand(images[b], side, 1e-6)
+        assert torch.allclose(mean[b].expand(3, -1, -1).double(), expected_mean, atol=1e-6)
+        assert torch.allclose(deviation[b].expand(3, -1, -1).double(), expected_deviation, rtol=1e-4)
+
+
+def test_patches__a_flat_image_has_the_floor_as_deviation() -> None:
+    mean, deviation = PatchStatistics(8)(torch.full((1, 3, 16, 16), 0.7))
+    assert torch.allclose(mean, torch.tensor(0.7))
+    assert torch.allclose(deviation, torch.tensor(1e-3), rtol=0.01)
+
+
+def test_patches__stay_exact_under_autocast() -> None:
+    images = torch.rand(1, 3, 16, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mean, deviation = PatchStatistics(8)(images)
+    expected = PatchStatistics(8)(images)
+    assert torch.equal(mean, expected[0])
+    assert torch.equal(deviation, expected[1])
+
+
+def test_target__without_normalisation_is_the_image() -> None:
+    known = truth()
+    assert torch.equal(objective(normalise="none").target(known.clean_B3HW), known.clean_B3HW)
+
+
+def test_target__by_patch_is_normalised_by_patch() -> None:
+    known = truth()
+    target = objective(normalise="patch").target(known.clean_B3HW)
+    mean, deviation = patches_by_hand(known.clean_B3HW[1], 4, 1e-6)
+    assert torch.allclose(target[1].double(), (known.clean_B3HW[1].double() - mean) / deviation, atol=1e-4)
+    by_patch = target.unflatten(3, (2, 4)).unflatten(2, (2, 4)).transpose(3, 4).flatten(4)  # type: ignore[no-untyped-call]
+    assert by_patch.mean(dim=(1, 4)).abs().max().item() < 1e-5
+
+
+def objective(
+    *, l1: float = 1.0, l2: float = 1.0, normalise: Literal["window", "patch", "none"] = "window"
+) -> Respix:
+    config = ObjectiveConfig(name="respix", window=4, l1=l1, l2=l2, normalise=normalise)
     return Respix(config, width=6, feature_side=2, image_size=8, grid=2)
 
 
@@ -98,8 +154,9 @@ def test_metrics__carry_no_gradient_and_the_loss_does() -> None:
     assert not any(metric.requires_grad for metric in output.metrics.values())
 
 
-def test_picture__of_the_exact_target_is_the_original() -> None:
-    model, known = objective(), truth()
+@pytest.mark.parametrize("normalise", ["window", "patch", "none"])
+def test_picture__of_the_exact_target_is_the_original(normalise: Literal["window", "patch", "none"]) -> None:
+    model, known = objective(normalise=normalise), truth()
     target = model.target(known.clean_B3HW)
     grey = torch.zeros_like(known.clean_B3HW)
     restored = model.picture(target, clean_B3HW=known.clean_B3HW, corrupted_B3HW=grey)

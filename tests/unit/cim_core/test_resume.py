@@ -66,10 +66,12 @@ VIT = EnhancerConfig(
     options={"depth": 2, "embed_dim": 64, "num_heads": 2, "drop_path_rate": 0.3},
     shared_blocks=1,
 )
+AVERAGED = EnhancerConfig(name="test_resnet", grad_checkpointing=True, ema_decay=0.8)
 MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "tiny": TinyNet,
     "cim_vit_respix": lambda: cim_model(VIT, "respix", patch_size=8),
     "cim_resnet_revdet": lambda: cim_model(EnhancerConfig(name="test_resnet"), "revdet", patch_size=16),
+    "cim_resnet_average": lambda: cim_model(AVERAGED, "revdet", patch_size=16),
     "tokenizer_vq": lambda: tokenizer_model(quantiser="vq"),
     "tokenizer_relaxed": lambda: tokenizer_model(quantiser="relaxed"),
 }
@@ -79,6 +81,7 @@ REAL = sorted(set(MODELS) - {"tiny"})
 VIEWS = {  # CIM: 4 x 4 patches, and as many tokens of 4 pixels
     "cim_vit_respix": ViewConfig(image_size=32, token_size=16),
     "cim_resnet_revdet": ViewConfig(image_size=64, token_size=16),
+    "cim_resnet_average": ViewConfig(image_size=64, token_size=16),
 }
 ONE_PICTURE = ViewConfig(image_size=16)
 

@@ -1,4 +1,5 @@
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ def test_loss__is_the_mean_cross_entropy_over_all_positions() -> None:
         probability = 1 / (1 + math.exp(-logit))
         total -= math.log(probability if label else 1 - probability)
     assert loss.item() == pytest.approx(total / 8, rel=1e-5)
+
+
+@pytest.mark.parametrize(("upsample", "logits_each"), [("pixel_shuffle", 4), ("bilinear", 1)])
+def test_upsample__reaches_the_head(upsample: Literal["pixel_shuffle", "bilinear"], logits_each: int) -> None:
+    config = ObjectiveConfig(name="revdet", upsample=upsample)
+    model = Revdet(config, width=5, feature_side=2, image_size=32, grid=4)
+    assert model.head.proj.weight.shape == (logits_each, 5, 1, 1)
 
 
 def test_labels__are_replaced_and_not_masked_positions() -> None:

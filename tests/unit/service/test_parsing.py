@@ -120,6 +120,21 @@ MISTAKES: Mapping[str, tuple[Document, str, tuple[str, ...]]] = {
         "model.generator.heads",
         ("divide", "192"),
     ),
+    "relative positions and sharing": (
+        pretrain(model__enhancer__shared_blocks=1, model__generator={"positions": "relative"}),
+        "model.generator.positions",
+        ("absolute", "relative"),
+    ),
+    "patches that do not tile": (
+        pretrain(model__objective={"name": "respix", "normalise": "patch", "window": 9}),
+        "model.objective.window",
+        ("divide image_size 224", "9"),
+    ),
+    "recomputation that timm lacks": (
+        pretrain(model__enhancer={"name": "dla34", "grad_checkpointing": True}),
+        "model.enhancer.grad_checkpointing",
+        ("false for dla34", "timm has no gradient checkpointing"),
+    ),
     "image size and patch": (
         pretrain(model__image_size=100),
         "model.image_size",

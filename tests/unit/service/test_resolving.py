@@ -42,6 +42,12 @@ def test_resolve__nothing_is_shared_with_a_generator_of_another_width() -> None:
     assert resolved(model__generator={"width": 100})["model"]["enhancer"]["shared_blocks"] == 0
 
 
+def test_resolve__shares_nothing_with_relative_positions() -> None:
+    model = resolved(model__generator={"positions": "relative"})["model"]
+    assert model["enhancer"]["shared_blocks"] == 0
+    assert (model["generator"]["width"], model["generator"]["heads"]) == (192, 3)
+
+
 def test_resolve__no_more_is_shared_than_there_is() -> None:
     assert resolved(model__generator={"depth": 1})["model"]["enhancer"]["shared_blocks"] == 1
 
