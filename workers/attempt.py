@@ -69,6 +69,7 @@ class Work:
     attempt: Attempt
     indices: dict[str, str]  # role of an image set (data, train, val, ...) to its index as JSON
     plan: Plan | None  # None: nothing is trained
+    tokenizer: str | None = None  # of source dall-e: key prefix of its folder in the object store
     files: list[FileEntry] = field(default_factory=list)  # stored so far
 
 

@@ -136,7 +136,8 @@ def fingerprint(work: Work) -> dict[str, Any]:
         "kind": spec.kind,
         "model": resolved["model"],
         "training": training,
-        "inputs": dict(work.attempt.assignment.inputs),
+        "inputs": dict(work.attempt.assignment.inputs)
+        | ({"dall-e": work.tokenizer} if work.tokenizer else {}),
         "images": digest(Index.from_json(work.indices["data"])),
     }
 

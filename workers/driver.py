@@ -1,5 +1,6 @@
 """One attempt from the outside: what to do, which images, start the ranks, say how it ended."""
 
+import dataclasses
 import logging
 import signal
 import threading
@@ -12,15 +13,18 @@ from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
+from cim_core.config import DALL_E
 from service.client.errors import ApiError, StaleAttempt
 from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, Progress
+from service.contracts.specs import PretrainSpec
 from service.contracts.work import Assignment, Finish
 from workers.attempt import Attempt, Outcome, Work
 from workers.cache import discard
 from workers.data import prepare
 from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, is_stale, last_step
 from workers.logs import LogShipper, attach, detach
+from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
 from workers.settings import UsageError, WorkerSettings, apply_train_environment
 from workers.storage import JobStore, ray_storage
@@ -152,6 +156,8 @@ def _deliver_the_rest(desk: Desk) -> None:
 def _do(desk: Desk) -> Outcome:
     work = prepare(desk.attempt, desk.store, reporter=desk.reporter, go_on=desk.go_on)
     desk.go_on()
+    work = dataclasses.replace(work, tokenizer=_official_tokenizer(desk))
+    desk.go_on()
     connect(desk.attempt.settings)
     workers = desk.attempt.spec.resources.workers
     total = work.plan.total_steps if work.plan else None
@@ -163,6 +169,22 @@ def _do(desk: Desk) -> Outcome:
     # From here on rank 0 reports.
     desk.reporter.close()
     return _train(work, desk.store)
+
+
+def _official_tokenizer(desk: Desk) -> str | None:
+    """Where the ranks find OpenAI's tokenizer, if the spec wants that one. Fetched here, once for all."""
+    spec, store = desk.attempt.spec, desk.attempt.assignment.store
+    if not isinstance(spec, PretrainSpec) or spec.model.tokenizer.source != DALL_E:
+        return None
+    official = OfficialTokenizer(
+        source=spec.model.tokenizer,
+        store=desk.store.store,
+        address=store,
+        folder=desk.attempt.cache,
+        say=desk.reporter.say,
+        go_on=desk.go_on,
+    )
+    return official.place()
 
 
 def connect(settings: WorkerSettings) -> None:

@@ -17,6 +17,7 @@ from service.client.errors import StaleAttempt
 from service.contracts.jobs import FailureKind
 from service.contracts.work import Failure
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
+from workers.downloads import SourceAwayError
 
 MAX_MESSAGE = 4_000
 USER_ERRORS = (ConfigError, DataError, ModelError, NonFiniteError, CheckpointMismatchError)
@@ -140,6 +141,8 @@ def _classify_outside(error: BaseException, *, store_url: str) -> tuple[FailureK
         )
     if isinstance(error, StoreError | MissingObjectError | CorruptObjectError):
         return FailureKind.STORAGE, f"the object store {store_url} failed: {error}"
+    if isinstance(error, SourceAwayError):
+        return FailureKind.INFRASTRUCTURE, str(error)
     if isinstance(error, PreemptionError) or getattr(error, "preempted", False):
         return FailureKind.PREEMPTED, f"the cluster took a worker's node back: {error}"
     if isinstance(error, ray.exceptions.RayActorError):

@@ -18,6 +18,7 @@ from cim_core.samples import sample_grid
 from cim_core.seeding import generator_for, seed_for
 from cim_core.task import cim_task
 from cim_core.tokenizers.base import Tokenizer
+from cim_core.tokenizers.dalle import DalleTokenizer
 from cim_core.tokenizers.fake import FakeTokenizer
 from cim_core.tokenizers.store import load_tokenizer
 from service.contracts.specs import PretrainSpec
@@ -40,7 +41,7 @@ def run_pretrain(rank: Rank) -> Outcome:
     """Pre-train and export. Raises what `train` raises, and ModelError for an unusable tokenizer."""
     spec = spec_of(rank)
     seed = spec.training.seed
-    tokenizer = _tokenizer(rank)
+    tokenizer = tokenizer_of(rank)
     views = ViewConfig(
         image_size=spec.model.image_size,
         token_size=spec.model.grid * tokenizer.stride,
@@ -72,14 +73,16 @@ def spec_of(rank: Rank) -> PretrainSpec:
     return spec
 
 
-def _tokenizer(rank: Rank) -> Tokenizer:
+def tokenizer_of(rank: Rank) -> Tokenizer:
+    """The frozen tokenizer that the spec names. Raises ModelError where it cannot be used."""
     source = spec_of(rank).model.tokenizer.source
     if source == FAKE:
         log.warning("the tokenizer is FAKE, an untrained stand-in for tests: the encoder will be worthless")
         return FakeTokenizer()
     rank.say("fetching the tokenizer")
     cache = Cache(folder=rank.attempt.cache, address=rank.attempt.assignment.store)
-    return load_tokenizer(cache.artifact(rank.attempt.assignment.inputs.get("tokenizer", source)))
+    given = rank.attempt.assignment.inputs.get("tokenizer", source)
+    return load_tokenizer(cache.artifact(rank.work.tokenizer or given))
 
 
 def _picture(cim: CIM, dataset: ImageDataset, *, seed: int) -> Image.Image:
@@ -114,18 +117,20 @@ def encoder_of(cim: CIM) -> nn.Module:
 def _finish(rank: Rank, cim: CIM, outcome: Outcome) -> Outcome:
     rank.say("exporting the encoder")
     with tempfile.TemporaryDirectory(prefix="cim-encoder-") as folder:
-        export_encoder(cim, Path(folder), card=_card(rank, outcome))
+        export_encoder(cim, Path(folder), card=card_of(rank, cim.tokenizer, outcome))
         for entry in rank.store.put_folder("encoder", Path(folder)):
             rank.announce(entry)
     return conclude(rank, dataclasses.replace(outcome, files=rank.files))
 
 
-def _card(rank: Rank, outcome: Outcome) -> dict[str, Any]:
+def card_of(rank: Rank, tokenizer: Tokenizer, outcome: Outcome) -> dict[str, Any]:
     """Facts of the model card that the model itself does not know."""
     spec = spec_of(rank)
     index = index_of(rank, "data")
     code = code_version()
+    origin = tokenizer.origin if isinstance(tokenizer, DalleTokenizer) else {}
     return {
+        **{f"tokenizer_{name}": digest for name, digest in origin.items()},
         "dataset": spec.data.uri,
         "images_used": len(index),
         "images_skipped": len(index.skipped),

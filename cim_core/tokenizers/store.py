@@ -1,29 +1,41 @@
-"""A trained tokenizer as a folder: `model.safetensors` and `config.json`; nothing is pickled."""
+"""A tokenizer as a folder: `model.safetensors` and `config.json`; nothing is pickled.
+
+There are two kinds: `dvae`, trained by a tokenizer job, and `dall-e`, converted from OpenAI's files.
+"""
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from cim_core.config import TokenizerConfig
+from cim_core.config import DALL_E, TokenizerConfig
 from cim_core.errors import ModelError
 from cim_core.tokenizers.base import Tokenizer
+from cim_core.tokenizers.dalle import DalleConfig, DalleTokenizer, dalle_on_meta
 from cim_core.tokenizers.dvae import DiscreteVAE
 
 TENSORS, RECORD = "model.safetensors", "config.json"
 FORMAT, KIND = 1, "dvae"
 
+Stored = DiscreteVAE | DalleTokenizer
 
-def save_tokenizer(model: DiscreteVAE, folder: Path) -> None:
+
+def save_tokenizer(model: Stored, folder: Path) -> None:
     """Write `model` into `folder`, made where missing; OSError where it cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: _portable(tensor) for name, tensor in model.state_dict().items()}
     save_file(tensors, folder / TENSORS)
-    record = {"format": FORMAT, "kind": KIND, "config": asdict(model.config)}
+    kind = {"kind": KIND}
+    if isinstance(model, DalleTokenizer):
+        kind = {"kind": DALL_E, **model.origin}
+    record = {"format": FORMAT, **kind, "config": asdict(model.config)}
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -33,33 +45,53 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     Raises:
         ModelError: a file is missing or broken, or the weights do not fit the configuration.
     """
-    model = DiscreteVAE(_read_config(folder), generator=torch.Generator())
+    record = _read_record(folder)
+    try:
+        # A newer release may have written keys that this one does not know; the weights decide.
+        model = _BUILD[record["kind"]](record)
+    except (TypeError, ValueError) as error:
+        raise ModelError(_lesson(folder, f"its configuration is not valid: {error}")) from error
     try:
         tensors = load_file(folder / TENSORS)
     except (OSError, SafetensorError) as error:
         raise ModelError(_lesson(folder, f"{TENSORS} cannot be read ({error})")) from error
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=isinstance(model, DalleTokenizer))
     except RuntimeError as error:
         listed = " ".join(str(error).split())
         raise ModelError(_lesson(folder, f"the weights do not fit {RECORD}: {listed}")) from error
     return model.eval().requires_grad_(requires_grad=False)
 
 
-def _read_config(folder: Path) -> TokenizerConfig:
+def _dvae(record: Mapping[str, Any]) -> DiscreteVAE:
+    return DiscreteVAE(TokenizerConfig(**_known(TokenizerConfig, record)), generator=torch.Generator())
+
+
+def _dalle(record: Mapping[str, Any]) -> DalleTokenizer:
+    origin = {key: str(record[key]) for key in ("encoder_sha256", "decoder_sha256") if key in record}
+    return dalle_on_meta(DalleConfig(**_known(DalleConfig, record)), origin=origin)
+
+
+_BUILD: Mapping[str, Callable[[Mapping[str, Any]], Stored]] = MappingProxyType({KIND: _dvae, DALL_E: _dalle})
+
+
+def _known(config: type[TokenizerConfig | DalleConfig], record: Mapping[str, Any]) -> dict[str, Any]:
+    known = {field.name for field in fields(config)}
+    return {key: value for key, value in record["config"].items() if key in known}
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(_lesson(folder, f"{RECORD} cannot be read ({error})")) from error
-    if not isinstance(record, dict) or (record.get("format"), record.get("kind")) != (FORMAT, KIND):
-        raise ModelError(_lesson(folder, f"{RECORD} does not say format {FORMAT} and kind {KIND!r}"))
-    # A newer release may have written keys that this one does not know; the weights decide.
-    known = {field.name for field in fields(TokenizerConfig)}
-    saved: dict[str, Any] = {key: value for key, value in record["config"].items() if key in known}
-    try:
-        return TokenizerConfig(**saved)
-    except (TypeError, ValueError) as error:
-        raise ModelError(_lesson(folder, f"its configuration is not valid: {error}")) from error
+    known = [{"format": FORMAT, "kind": kind} for kind in _BUILD]
+    if not isinstance(record, dict) or {key: record.get(key) for key in ("format", "kind")} not in known:
+        kinds = " or ".join(map(repr, _BUILD))
+        raise ModelError(_lesson(folder, f"{RECORD} does not say format {FORMAT} and kind {kinds}"))
+    if not isinstance(record.get("config"), dict):
+        raise ModelError(_lesson(folder, f"{RECORD} holds no configuration"))
+    return record
 
 
 def _lesson(folder: Path, what: str) -> str:
@@ -69,6 +101,6 @@ def _lesson(folder: Path, what: str) -> str:
     )
 
 
-def _portable(tensor: torch.Tensor) -> torch.Tensor:
+def _portable(tensor: Tensor) -> Tensor:
     """A copy of its own on the CPU in plain order, which is all that safetensors takes."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ Spec = dict[str, Any]
 
 STDIN = "-"
 FOLDERS = ("data.uri", "data.train", "data.val", "probe.train", "probe.val")
+FILES = ("model.tokenizer.encoder", "model.tokenizer.decoder")
 ARTIFACTS = ("model.tokenizer.source", "encoder")  # these may also be words such as `dall-e` or `random`
 ELSEWHERE = re.compile(r"^(job:|[A-Za-z][A-Za-z0-9+.-]*://)")
 MERGE = "tag:yaml.org,2002:merge"
@@ -152,7 +153,7 @@ def _inside(place: Any, key: str, where: str) -> Any:
 
 
 def _make_absolute(spec: Spec, folder: Path) -> None:
-    for key in FOLDERS + ARTIFACTS:
+    for key in FOLDERS + FILES + ARTIFACTS:
         *parents, last = key.split(".")
         place: Any = spec
         for parent in parents:

@@ -19,7 +19,7 @@ _REQUIRED = {
     "data.uri": "a folder, s3://bucket/prefix/, or .tar shards",
     "model": "what to train: tokenizer, enhancer and objective",
     "model.tokenizer": "for example tokenizer: {source: job:my-tokenizer}",
-    "model.tokenizer.source": "job:NAME of a tokenizer job, or the address of a tokenizer folder",
+    "model.tokenizer.source": "job:NAME of a tokenizer job, the address of a tokenizer folder, or dall-e",
     "model.enhancer": "for example enhancer: {name: vit_small_patch16_224}",
     "model.enhancer.name": "a timm model name, for example vit_small_patch16_224 or resnet50",
     "model.objective": "for example objective: {name: respix}",

@@ -5,7 +5,9 @@ import re
 from collections.abc import Iterator
 from glob import has_magic, iglob
 from pathlib import Path
+from urllib.parse import urlsplit
 
+from cim_core.config import DALL_E
 from cim_core.data.sources import expand_braces
 from service.contracts.parsing import AnySpec
 from service.contracts.problems import FieldProblem
@@ -33,6 +35,9 @@ def problems(spec: AnySpec, *, shared_filesystem: bool) -> Iterator[FieldProblem
     for path, uri in _models(spec):
         if fault := _model_fault(uri, path=path, look=shared_filesystem):
             yield FieldProblem(path=path, message=fault, value=uri)
+    for path, uri in _official_files(spec):
+        if fault := _official_fault(uri, look=shared_filesystem):
+            yield FieldProblem(path=path, message=fault, value=uri)
 
 
 def _images(spec: AnySpec) -> Iterator[tuple[str, str]]:
@@ -51,6 +56,13 @@ def _models(spec: AnySpec) -> Iterator[tuple[str, str]]:
         yield "encoder", spec.encoder
 
 
+def _official_files(spec: AnySpec) -> Iterator[tuple[str, str]]:
+    if isinstance(spec, PretrainSpec):
+        given = spec.model.tokenizer
+        files = (("encoder", given.encoder), ("decoder", given.decoder))
+        yield from ((f"model.tokenizer.{name}", uri) for name, uri in files if uri is not None)
+
+
 def _image_fault(uri: str, *, look: bool) -> str:
     suffix = next((suffix for suffix in _FORMATS if uri.lower().endswith(suffix)), None)
     if suffix is not None:
@@ -61,16 +73,42 @@ def _image_fault(uri: str, *, look: bool) -> str:
 
 
 def _model_fault(uri: str, *, path: str, look: bool) -> str:
-    if uri.startswith("job:") or (uri == "fake" and path == "model.tokenizer.source"):
+    is_tokenizer = path == "model.tokenizer.source"
+    if uri.startswith("job:") or (uri in ("fake", DALL_E) and is_tokenizer):
         return ""
-    if uri == "dall-e":
-        return "the DALL-E tokenizer is not available in this version; train one and give job:NAME"
     supported = "give job:NAME, an absolute folder, or s3://bucket/prefix/"
+    supported += f", or {DALL_E}" if is_tokenizer else ""
     if fault := _form_fault(uri, supported=supported):
         return fault
     missing = [name for name in _MODEL_FILES if not Path(uri, name).is_file()]
     if look and uri.startswith("/") and missing:
         return f"must be a folder with {' and '.join(_MODEL_FILES)}; {uri} lacks {' and '.join(missing)}"
+    return ""
+
+
+def _official_fault(uri: str, *, look: bool) -> str:
+    """What is wrong with the address of one of OpenAI's files."""
+    if uri.startswith(("http://", "https://")):
+        return _web_fault(uri)
+    supported = "give an absolute path, or an address that begins with https://, http:// or s3://"
+    if fault := _form_fault(uri, supported=supported):
+        return fault
+    if uri.startswith("s3://"):
+        key = uri.removeprefix("s3://").partition("/")[2]
+        return "" if key and not key.endswith("/") else f"must name a file, s3://bucket/key, got {uri!r}"
+    return f"there is no file {uri} on the machine of the service" if look and not os.path.isfile(uri) else ""
+
+
+def _web_fault(uri: str) -> str:
+    try:
+        parts = urlsplit(uri)
+        sound = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port or an IPv6 address that is none
+        sound = False
+    if not sound or not uri.isprintable() or " " in uri:
+        return f"must be a web address such as https://example.org/encoder.pkl, got {uri!r}"
+    if "@" in parts.netloc:
+        return "must not hold a user name or password: specs are kept, shown and logged"
     return ""
 
 

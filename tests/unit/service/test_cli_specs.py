@@ -196,6 +196,15 @@ encoder: runs/encoder
     }
 
 
+def test_paths__of_openais_files_are_meant_from_the_spec_too(tmp_path: Path) -> None:
+    text = "model: {tokenizer: {source: dall-e, encoder: encoder.pkl, decoder: 'https://example.org/d.pkl'}}"
+    assert one(tmp_path, text)["model"]["tokenizer"] == {
+        "source": "dall-e",
+        "encoder": str(tmp_path / "encoder.pkl"),
+        "decoder": "https://example.org/d.pkl",
+    }
+
+
 def test_paths__in_set_are_meant_from_the_working_folder(tmp_path: Path) -> None:
     spec = one(tmp_path, "data: {uri: photos}", "data.uri=pictures", "encoder=./e")
     assert spec == {"data": {"uri": str(Path.cwd() / "pictures")}, "encoder": str(Path.cwd() / "e")}

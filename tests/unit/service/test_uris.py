@@ -89,8 +89,9 @@ def test_places__each_has_its_own_path(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "word"),
     [
-        ("dall-e", "not available in this version"),
         ("tok", "must be absolute"),
+        ("tok", "or dall-e"),
+        ("random", "must be absolute"),
         ("/none", "lacks config.json"),
     ],
 )
@@ -99,8 +100,68 @@ def test_tokenizer__an_address_that_cannot_be_is_refused(folder: Path, source: s
     assert word in found(spec)["model.tokenizer.source"]
 
 
+def official(folder: Path, **given: str) -> dict[str, Any]:
+    tokenizer = {"source": "dall-e", **given}
+    return pretrain(model__tokenizer=tokenizer, data__uri=str(folder / "images"))
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://example.org/encoder.pkl",
+        "http://127.0.0.1:8080/a?b=c",
+        "https://[::1]:81/encoder.pkl",
+        "s3://bucket/deep/encoder.pkl",
+    ],
+)
+def test_official__addresses_are_taken(folder: Path, address: str) -> None:
+    assert found(official(folder)) == {}
+    assert found(official(folder, encoder=address, decoder=address)) == {}
+
+
+def test_official__a_file_is_looked_for_where_it_can_be_seen(folder: Path) -> None:
+    (folder / "encoder.pkl").touch()
+    here, gone = str(folder / "encoder.pkl"), str(folder / "gone.pkl")
+    spec = official(folder, encoder=here, decoder=gone)
+    assert found(spec) == {
+        "model.tokenizer.decoder": f"there is no file {gone} on the machine of the service"
+    }
+    assert found(spec, shared_filesystem=False) == {}
+    assert set(found(official(folder, encoder=str(folder / "images")))) == {"model.tokenizer.encoder"}
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [
+        ("encoder.pkl", "must be absolute"),
+        ("ftp://example.org/encoder.pkl", "ftp:// is not supported"),
+        ("file:///encoder.pkl", "file:// is not supported"),
+        ("https://", "must be a web address"),
+        ("https:///encoder.pkl", "must be a web address"),
+        ("https://example.org:port/e", "must be a web address"),
+        ("https://example.org:0/e", "must be a web address"),
+        ("https://[::1/e", "must be a web address"),
+        ("https://example.org/a b", "must be a web address"),
+        ("https://me:secret@example.org/e", "must not hold a user name or password"),
+        ("s3://bucket", "must name a file"),
+        ("s3://bucket/deep/", "must name a file"),
+        ("s3://B/encoder.pkl", "s3://bucket/"),
+        ("job:tok", "must be absolute"),
+    ],
+)
+@pytest.mark.parametrize("shared_filesystem", [True, False])
+def test_official__an_address_that_cannot_be_is_refused(
+    folder: Path, address: str, word: str, *, shared_filesystem: bool
+) -> None:
+    problems = found(official(folder, decoder=address), shared_filesystem=shared_filesystem)
+    problems.pop("data.uri", None)
+    assert set(problems) == {"model.tokenizer.decoder"}
+    assert word in problems["model.tokenizer.decoder"]
+
+
 def test_encoder__a_folder_with_a_model_is_taken(folder: Path) -> None:
     data = {"train": str(folder / "images"), "val": str(folder / "images")}
     assert found(evaluate(encoder=str(folder / "encoder"), data=data)) == {}
     assert "lacks config.json" in found(evaluate(encoder=str(folder / "images"), data=data))["encoder"]
     assert "must be absolute" in found(evaluate(encoder="fake", data=data))["encoder"]
+    assert "must be absolute" in found(evaluate(encoder="dall-e", data=data))["encoder"]

@@ -9,7 +9,7 @@ from cim_core.data.index import Entry, Index, NoUsableImageError
 from cim_core.errors import DataError
 from service.contracts.work import Assignment, StoreAddress
 from tests.fakes.work_client import FakeWork
-from workers.attempt import Attempt
+from workers.attempt import Attempt, Work
 from workers.data import REPORT, check_labels, data_report, digest, fingerprint, held_out, prepare
 from workers.reporting import Reporter
 from workers.settings import WorkerSettings
@@ -126,3 +126,10 @@ def test_fingerprint__holds_what_moves_a_weight_and_nothing_else(tmp_path: Path)
     training = fingerprint(work)["training"]
     assert "learning_rate" in training
     assert not {"log_every", "checkpoint_every"} & set(training)
+
+
+def test_fingerprint__another_official_tokenizer_is_another_run(tmp_path: Path) -> None:
+    work = Work(attempt=attempt(tmp_path), indices={"data": index(3).to_json()}, plan=None)
+    one, two = (fingerprint(dataclasses.replace(work, tokenizer=place)) for place in ("a", "b"))
+    assert one != two
+    assert fingerprint(work)["inputs"] == {}

@@ -12,8 +12,9 @@ from service.contracts.jobs import FailureKind
 from service.contracts.work import Assignment, StoreAddress
 from tests.fakes.work_client import FakeWork
 from workers import driver
-from workers.attempt import Outcome
+from workers.attempt import Outcome, Work
 from workers.failures import AttemptFailedError, AttemptStaleError, ExitCode
+from workers.official import OfficialTokenizer
 from workers.settings import UsageError, WorkerSettings
 
 
@@ -132,3 +133,36 @@ def test_run__leaves_no_handler_behind(
 def test_connect__never_starts_a_cluster_of_its_own(settings: WorkerSettings) -> None:
     with pytest.raises(UsageError, match="RAY_ADDRESS"):
         driver.connect(settings)
+
+
+@pytest.mark.parametrize("source", ["dall-e", "fake"])
+def test_run__openais_tokenizer_is_fetched_before_the_ranks_start(
+    settings: WorkerSettings, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    model = {
+        "tokenizer": {"source": source},
+        "enhancer": {"name": "vit_tiny_patch16_224"},
+        "objective": {"name": "respix"},
+    }
+    training = {"steps": 4, "batch_size": 2}
+    spec = {
+        "kind": "pretrain",
+        "name": "p",
+        "data": {"uri": str(photos)},
+        "model": model,
+        "training": training,
+    }
+    address = StoreAddress(url=str(tmp_path / "store"))
+    work = FakeWork(Assignment(job_id="ab", attempt=1, spec=spec, inputs={}, store=address))
+    handed: list[Work] = []
+
+    def train(work: Work, _: object) -> Outcome:
+        handed.append(work)
+        return Outcome(stopped=True, step=0)
+
+    monkeypatch.setattr(driver, "WorkClient", lambda *_: work)
+    monkeypatch.setattr(driver, "connect", lambda _: None)
+    monkeypatch.setattr(driver, "_train", train)
+    monkeypatch.setattr(OfficialTokenizer, "place", lambda self: f"place of {self.source.source}")
+    assert driver.run(settings) is ExitCode.DONE
+    assert [work.tokenizer for work in handed] == ["place of dall-e" if source == "dall-e" else None]
