@@ -46,9 +46,18 @@ class Finding:
 
 def find(uri_path: str) -> Finding:
     """List the files below `uri_path` (see `cim_core.data.index.scan`) without reading images."""
+    root, found = walk(uri_path)
+    return _finding(root, found)
+
+
+def walk(uri_path: str) -> tuple[Path, Iterator[Candidate | Skipped]]:
+    """The root of `uri_path`, and its files as they are come upon: those of `find`, unordered.
+
+    Raises DataError, also while the files are gone through, where something cannot be listed.
+    """
     path = Path(uri_path)
     if path.is_dir():
-        return _finding(path.resolve(), _in_folder(path.resolve()))
+        return path.resolve(), _in_folder(path.resolve())
     if path.is_file():
         return _in_tars([path], given=uri_path)
     tars = sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
@@ -85,7 +94,7 @@ def _glob(pattern: str) -> Iterator[Path]:
     return (p for p in Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))) if p.is_file())
 
 
-def _in_tars(tars: list[Path], *, given: str) -> Finding:
+def _in_tars(tars: list[Path], *, given: str) -> tuple[Path, Iterator[Candidate | Skipped]]:
     not_tars = [str(path) for path in tars if not _is_tar(path)]
     if not_tars:
         raise DataError(
@@ -94,8 +103,7 @@ def _in_tars(tars: list[Path], *, given: str) -> Finding:
         )
     tars = [path.resolve() for path in tars]
     root = Path(os.path.commonpath([path.parent for path in tars]))
-    found = (item for path in tars for item in _in_tar(path, path.relative_to(root).as_posix()))
-    return _finding(root, found)
+    return root, (item for path in tars for item in _in_tar(path, path.relative_to(root).as_posix()))
 
 
 def _is_tar(path: Path) -> bool:

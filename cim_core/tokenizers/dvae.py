@@ -51,9 +51,10 @@ class DiscreteVAE(nn.Module):
         self.quantiser = QUANTISERS[config.quantiser](config)
         self.encoder = Encoder(layout, num_outputs=self.quantiser.num_inputs)
         self.decoder = Decoder(layout, code_dim=config.code_dim)
-        initialise(self.encoder, generator=generator)
-        initialise(self.decoder, generator=generator)
-        self.quantiser.initialise(generator=generator)
+        if torch.get_default_device().type != "meta":  # there are no numbers to draw there
+            initialise(self.encoder, generator=generator)
+            initialise(self.decoder, generator=generator)
+            self.quantiser.initialise(generator=generator)
 
     @torch.no_grad()
     def encode(self, images_B3HW: Tensor) -> Tensor:

@@ -155,9 +155,8 @@ def _channels_last(x_BCHW: Tensor) -> Tensor:
 
 def empty_conv(width_in: int, width_out: int, *, kernel: int) -> nn.Conv2d:
     """A convolution whose numbers are still to be drawn: PyTorch would move the global generator."""
-    return nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, device="meta").to_empty(
-        device=torch.get_default_device()
-    )
+    conv = nn.Conv2d(width_in, width_out, kernel, padding=kernel // 2, device="meta")
+    return conv.to_empty(device=torch.get_default_device())
 
 
 def _skip(width_in: int, width_out: int) -> nn.Module:

@@ -7,14 +7,16 @@ from fastapi import FastAPI
 from service.api import docs, errors
 from service.api.deps import Clock, Services, utc_now
 from service.api.limits import Limits
-from service.api.routes import attempts, details, health, jobs
+from service.api.routes import attempts, details, health, jobs, recipes
 from service.db.engine import Sessions
+from service.jobs.costs import ChildCosts, Costs
 from service.settings import Settings
 from service.store.base import ObjectStore
 
 _TAGS = [
     {"name": "jobs", "description": "Submit, watch and end jobs."},
     {"name": "details", "description": "What a job said and made."},
+    {"name": "recipes", "description": "Specs to start from."},
     {"name": "workers", "description": "The workers' side; each call carries its attempt's token."},
     {"name": "health", "description": "For load balancers and people."},
 ]
@@ -25,6 +27,7 @@ def create_app(
     sessions: Sessions,
     store: ObjectStore,
     *,
+    costs: Costs | None = None,
     clock: Clock = utc_now,
     poll_s: float = 0.5,
 ) -> FastAPI:
@@ -34,6 +37,7 @@ def create_app(
         settings: As the entry point read them.
         sessions: Of a database at the present schema; `/readyz` tells if it is not.
         store: Where artifacts and logs lie.
+        costs: Counts what a training takes; by default in child processes.
         clock: The present moment, aware.
         poll_s: Seconds between two looks of a stream that follows a job.
     """
@@ -46,9 +50,14 @@ def create_app(
         redoc_url=None,
     )
     app.state.services = Services(
-        settings=settings, sessions=sessions, store=store, clock=clock, poll_s=poll_s
+        settings=settings,
+        sessions=sessions,
+        store=store,
+        costs=costs or ChildCosts(),
+        clock=clock,
+        poll_s=poll_s,
     )
-    for router in (jobs.router, details.router, attempts.router, health.router):
+    for router in (jobs.router, details.router, recipes.router, attempts.router, health.router):
         app.include_router(router)
     errors.install(app)
     docs.install(app)

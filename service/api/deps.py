@@ -14,6 +14,7 @@ from service.contracts.work import StoreAddress
 from service.db.engine import Sessions, only_reads
 from service.errors import UnauthorisedError
 from service.jobs import artifacts, references
+from service.jobs.costs import Costs
 from service.settings import Settings
 from service.store.base import ObjectStore
 
@@ -32,6 +33,7 @@ class Services:
     settings: Settings
     sessions: Sessions
     store: ObjectStore
+    costs: Costs
     clock: Clock = utc_now
     poll_s: float = 0.5  # between two looks of a stream that follows
 

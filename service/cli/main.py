@@ -136,7 +136,7 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Check a file and show its specs with every default; nothing is queued."""
-    from service.cli import render
+    from service.cli import estimates
 
     found = specs.load(file, sets=sets)
     with connect(url, data_dir) as client, naming(found):
@@ -146,7 +146,27 @@ def validate(
     if as_json:
         print_json(validation.model_dump(mode="json"))
     else:
-        out.print(render.validation_text(validation), markup=False, soft_wrap=True, end="")
+        out.print(estimates.validation_text(validation), markup=False, soft_wrap=True, end="")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Print this one, comments and all.")] = "",
+    url: Url = None,
+    data_dir: DataDir = DATA_DIR,
+    as_json: Json = False,
+) -> None:
+    """List the recipes that specs can build on (recipe: NAME), or print one."""
+    from service.cli import render
+
+    with connect(url, data_dir) as client:
+        found = client.recipe(name) if name else client.recipes()
+    if as_json:
+        print_json(_dump(found) if isinstance(found, list) else found.model_dump(mode="json"))
+    elif isinstance(found, list):
+        out.print(render.recipes_table(found))
+    else:
+        out.print(found.text, markup=False, soft_wrap=True, end="")
 
 
 @app.command()

@@ -20,8 +20,8 @@ from service.contracts.jobs import (
     JobView,
     LogLine,
     MetricPoint,
-    Validation,
 )
+from service.contracts.recipes import RecipeSummary
 
 COLOURS: Mapping[JobState, str] = {
     JobState.QUEUED: "yellow",
@@ -55,6 +55,16 @@ def jobs_table(jobs: Sequence[JobView], *, now: datetime) -> RenderableType:
             ago(job.created_at, now),
             plain(job.reason),
         )
+        table.add_row(*(_cell(item) for item in row))
+    return table
+
+
+def recipes_table(recipes: Sequence[RecipeSummary]) -> RenderableType:
+    """One row a recipe."""
+    table = _table("NAME", "METHOD", "ENHANCER", "OBJECTIVE", "EPOCHS", "WHAT IT IS")
+    for one in recipes:
+        epochs = "" if one.epochs is None else f"{one.epochs:g}"
+        row = (one.name, one.method, one.enhancer or "", one.objective or "", epochs, plain(one.description))
         table.add_row(*(_cell(item) for item in row))
     return table
 
@@ -180,18 +190,6 @@ def event_line(event: EventView) -> str:
 def log_line(line: LogLine) -> str:
     """One log line; its own line breaks stay."""
     return f"{local(line.at)} {line.attempt}/{line.source} {line.level}: {plain(line.message)}"
-
-
-def validation_text(validation: Validation) -> str:
-    """The resolved specs, each followed by its estimate, as YAML."""
-    documents = []
-    for index, resolved in enumerate(validation.resolved):
-        text = as_yaml(resolved)
-        if index < len(validation.estimate):
-            lines = as_yaml(validation.estimate[index]).splitlines()
-            text += "\n".join(["# estimate", *(f"#   {line}" for line in lines)]) + "\n"
-        documents.append(text)
-    return "---\n".join(documents)
 
 
 def as_yaml(value: Mapping[str, Any]) -> str:

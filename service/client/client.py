@@ -12,7 +12,7 @@ import httpx
 from service.client.downloads import Downloader, OnBytes
 from service.client.errors import ApiError
 from service.client.follow import follow_stream
-from service.client.http import OUTAGE_PATIENCE_S, Backoff, Transport, parse
+from service.client.http import CONNECT_TIMEOUT_S, OUTAGE_PATIENCE_S, Backoff, Transport, parse
 from service.contracts.jobs import (
     FINAL,
     EventView,
@@ -24,10 +24,12 @@ from service.contracts.jobs import (
     Validation,
 )
 from service.contracts.problems import Problem
+from service.contracts.recipes import Recipe, RecipeSummary
 
 Spec = Mapping[str, Any]
 
 PATIENCE_S = 10.0
+ESTIMATE_TIMEOUT_S = 90.0  # the service gives itself a minute for the costs of a request
 MOST_POINTS = 100_000  # in one answer of the service
 
 
@@ -97,8 +99,20 @@ class Client:
         return parse(list[JobView], self._post("/v1/jobs", json=_listed(specs), headers=headers))
 
     def validate(self, specs: Spec | Sequence[Spec]) -> Validation:
-        """The specs with every default filled in, and an estimate; nothing is stored."""
-        return parse(Validation, self._post("/v1/jobs/validate", json=_listed(specs)))
+        """The specs with every default filled in, and an estimate; nothing is stored.
+
+        Counting what networks take can last a minute, so this waits longer than other calls.
+        """
+        timeout = httpx.Timeout(ESTIMATE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
+        return parse(Validation, self._post("/v1/jobs/validate", json=_listed(specs), timeout=timeout))
+
+    def recipes(self) -> list[RecipeSummary]:
+        """Every recipe that the service has."""
+        return parse(list[RecipeSummary], self._get("/v1/recipes"))
+
+    def recipe(self, name: str) -> Recipe:
+        """One recipe, with its file and as a document."""
+        return parse(Recipe, self._get(f"/v1/recipes/{quote(name, safe='')}"))
 
     def jobs(self, *, page_size: int = 100, **filters: str | None) -> Iterator[JobView]:
         """All jobs, newest first. Pages are fetched as the iterator reaches them.

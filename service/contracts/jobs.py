@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import Field
 
 from service.contracts.base import Stored
+from service.contracts.estimates import Estimate
 
 
 class JobState(StrEnum):
@@ -141,5 +142,5 @@ class Validation(Stored):
     """The answer to a spec that is asked about and not submitted."""
 
     resolved: list[dict[str, Any]]
-    estimate: list[dict[str, Any]]
+    estimate: list[Estimate]
     warnings: list[str] = Field(default_factory=list)

@@ -10,6 +10,7 @@ from cim_core.errors import ConfigError
 from service.contracts import checks
 from service.contracts.lessons import place_of, problems_of, shown, unknown_kind
 from service.contracts.problems import FieldProblem
+from service.contracts.recipes import expand
 from service.contracts.spec_keys import MODELS, Part, dotted
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from service.errors import InvalidSpecError
@@ -62,6 +63,9 @@ def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:
     if not isinstance(raw, dict):
         told = f"a spec must be a mapping of keys to values, got {shown(raw)!r}"
         return None, [FieldProblem(path="", message=told, value=shown(raw))]
+    raw, problem = expand(raw)
+    if problem is not None:
+        return None, [problem]
     kind = raw.get("kind")
     if not isinstance(kind, str) or kind not in MODELS:
         return None, [unknown_kind(raw)]

@@ -12,6 +12,8 @@ from service.contracts.base import Contract
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Uri = Annotated[str, Field(min_length=1, max_length=4096)]
+# Merged by `parsing` before a spec is made; here it is a record of where its values come from.
+Recipe = Annotated[Name | None, Field(description="Name of a recipe; the other keys change what it says.")]
 
 
 class Data(Contract):
@@ -56,6 +58,7 @@ class TokenizerSpec(_Spec):
     """Train a discrete image tokenizer on the user's own images."""
 
     kind: Literal["tokenizer"]
+    recipe: Recipe = None
     data: Data
     model: TokenizerConfig = TokenizerConfig()
     training: TrainingConfig
@@ -65,6 +68,7 @@ class PretrainSpec(_Spec):
     """Pre-train an encoder with Corrupted Image Modeling."""
 
     kind: Literal["pretrain"]
+    recipe: Recipe = None
     data: Data
     model: ModelConfig
     training: TrainingConfig

@@ -1,59 +1,76 @@
 """Judge specs without storing anything."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from cim_core.config import TokenizerConfig
 from service.contracts.jobs import Validation
 from service.contracts.parsing import AnySpec
 from service.contracts.resolving import resolve
-from service.contracts.specs import EvaluateSpec, PretrainSpec
+from service.contracts.specs import PretrainSpec, TokenizerSpec
+from service.db import queries
+from service.db.engine import Sessions, only_reads
 from service.domain.names import new_job_id
 from service.errors import InvalidSpecError
 from service.jobs import references
+from service.jobs.costs import Costs
+from service.jobs.estimate import Asked, estimate
 from service.jobs.submit import parsed, uri_faults
 
+_TOKENIZER = TypeAdapter(TokenizerConfig)
 
-async def validate(session: AsyncSession, documents: Sequence[Any], *, shared_filesystem: bool) -> Validation:
+
+async def validate(
+    sessions: Sessions, documents: Sequence[Any], *, shared_filesystem: bool, costs: Costs
+) -> Validation:
     """The resolved specs, what they will take, and what is allowed but probably not meant.
 
-    References to jobs are checked as at submit; those to names of the same request stay names.
-    Raises InvalidSpecError as `submit` does.
+    References to jobs are checked as at submit; those to names of the same request stay names. No
+    transaction is open while files and networks are counted. Raises InvalidSpecError as `submit` does.
     """
     specs = parsed(documents)
     faults = await asyncio.to_thread(uri_faults, specs, shared_filesystem=shared_filesystem)
-    links = await references.link(session, specs, [new_job_id() for _ in specs])
-    if faults or links.problems:
-        raise InvalidSpecError([*faults, *links.problems])
+    ids = [new_job_id() for _ in specs]
+    async with sessions.begin() as session:
+        await only_reads(session)
+        links = await references.link(session, specs, ids)
+        if faults or links.problems:
+            raise InvalidSpecError([*faults, *links.problems])
+        tokenizers = await _tokenizers(session, dict(zip(ids, specs, strict=True)), links)
+    asked = [Asked(spec=spec, tokenizer=sizes) for spec, sizes in zip(specs, tokenizers, strict=True)]
+    estimates, warnings = await estimate(asked, costs=costs, shared_filesystem=shared_filesystem)
     return Validation(
         resolved=[resolve(spec) for spec in specs],
-        estimate=[_estimate(spec) for spec in specs],
-        warnings=[warning for spec in specs for warning in _warnings(spec)],
+        estimate=estimates,
+        warnings=[*(warning for spec in specs for warning in _warnings(spec)), *warnings],
     )
 
 
-def _estimate(spec: AnySpec) -> dict[str, Any]:
-    """Workers, CPUs and GPUs; steps and images as far as they do not depend on the data."""
-    resources = spec.resources
-    estimate: dict[str, Any] = {
-        "name": spec.name,
-        "workers": resources.workers,
-        "cpus": resources.workers * resources.cpus_per_worker,
-        "gpus": resources.workers * resources.gpus_per_worker,
-    }
-    if isinstance(spec, EvaluateSpec):
-        return estimate
-    training = spec.training
-    if training.steps is not None:
-        estimate |= {"steps": training.steps, "images": training.steps * training.batch_size}
-    if training.images is not None:
-        steps = -(-training.images // training.batch_size)
-        estimate |= {"steps": steps, "images": training.images}
-    if training.epochs is not None:
-        estimate |= {"epochs": training.epochs}
-    return estimate
+async def _tokenizers(
+    session: AsyncSession, specs: Mapping[str, AnySpec], links: references.Links
+) -> list[TokenizerConfig | None]:
+    """For each spec, the sizes of the tokenizer that it takes from another job."""
+    wanted = [target for targets in links.targets for target in targets.values()]
+    rows = await queries.jobs_by_id(session, wanted)
+    found = []
+    for targets in links.targets:
+        target = next(iter(targets.values()), None)
+        spec = specs.get(target or "")
+        stored = rows[target].resolved.get("model") if target in rows else None
+        found.append(spec.model if isinstance(spec, TokenizerSpec) else _sizes(stored))
+    return found
+
+
+def _sizes(stored: object) -> TokenizerConfig | None:
+    """The model section of a stored tokenizer job; None for any other, or one of another release."""
+    try:
+        return _TOKENIZER.validate_python(stored)
+    except ValidationError:
+        return None
 
 
 def _warnings(spec: AnySpec) -> list[str]:

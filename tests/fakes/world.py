@@ -22,6 +22,7 @@ from service.domain.names import job_prefix, submission_id
 from service.settings import Settings
 from service.store.base import ObjectStore
 from service.store.directory import DirectoryStore
+from tests.fakes.costs import FakeCosts
 
 SECRET = "a secret of at least 32 characters"
 Document = dict[str, Any]
@@ -48,6 +49,7 @@ class World:
     store: ObjectStore
     images: Path  # a folder with one file
     clock: Clock = field(default_factory=Clock)
+    costs: FakeCosts = field(default_factory=FakeCosts)
 
     def tokenizer(self, name: str = "tok", **changes: Any) -> Document:
         """A sound spec."""
@@ -169,8 +171,11 @@ async def open_world(database_url: str, folder: Path) -> AsyncIterator[World]:
     )
     engine = create_engine(database_url)
     sessions, store, clock = create_sessions(engine), DirectoryStore(folder / "store"), Clock()
-    app = create_app(settings, sessions, store, clock=clock, poll_s=0.01)
+    costs = FakeCosts()
+    app = create_app(settings, sessions, store, costs=costs, clock=clock, poll_s=0.01)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://api.test") as client:
-        yield World(app=app, client=client, sessions=sessions, store=store, images=images, clock=clock)
+        yield World(
+            app=app, client=client, sessions=sessions, store=store, images=images, clock=clock, costs=costs
+        )
     await engine.dispose()

@@ -74,12 +74,17 @@ async def submit_jobs(
 
 
 @router.post("/validate", summary="Ask about specs without submitting them", responses=INVALID)
-async def validate_specs(documents: Documents, session: Session, app: App) -> Validation:
-    """The specs with every default filled in, what they will take, and warnings. Nothing is stored."""
+async def validate_specs(documents: Documents, app: App) -> Validation:
+    """The specs with every default filled in, what they will take, and warnings. Nothing is stored.
+
+    Parameters, multiply-accumulates and memory are counted on the networks themselves, which takes some
+    seconds the first time. Where they cannot be counted, a warning says why.
+    """
     return await validating.validate(
-        session,
+        app.sessions,
         _listed(documents),
         shared_filesystem=app.settings.shared_filesystem,
+        costs=app.costs,
     )
 
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 from service import client as client_module
 from service.cli.main import app
 from service.client import Client
+from service.contracts.estimates import Estimate
 from service.contracts.jobs import EventView, FileEntry, JobPage, JobState, LogLine, MetricPoint, Validation
 from service.contracts.problems import FieldProblem
 from tests.fakes.scripted import CREATED, JOB_ID, Clock, Server, job, ok, problem
@@ -206,13 +207,19 @@ def test_interrupt__leaves_the_job_alone_and_says_so(run: Run, command: str) -> 
 
 
 def test_validate__prints_yaml_with_the_estimate(run: Run, tmp_path: Path) -> None:
+    known = Estimate(name="a", workers=2, cpus=4, gpus=0, steps=1000, images=20_000)
+    unknown = Estimate(name="b", workers=1, cpus=1, gpus=0)
     answer = Validation(
-        resolved=[{"name": "a", "n": 1}, {"name": "b"}], estimate=[{"steps": 10}, {}], warnings=["no images"]
+        resolved=[{"name": "a", "n": 1}, {"name": "b"}], estimate=[known, unknown], warnings=["no images"]
     )
     server = Server(ok(answer))
     result = run(server, *at("validate", spec_file(tmp_path)))
     assert result.exit_code == 0
-    assert result.stdout.startswith("name: a\nn: 1\n# estimate\n#   steps: 10\n---\nname: b\n")
+    assert result.stdout == (
+        "name: a\nn: 1\n# estimate\n#   resources: 2 workers, 4 CPUs, 0 GPUs\n"
+        "#   length: 1,000 steps, 20,000 images\n"
+        "---\nname: b\n# estimate\n#   resources: 1 workers, 1 CPUs, 0 GPUs\n"
+    )
     assert result.stderr == "warning: no images\n"
     assert server.calls == ["POST /v1/jobs/validate"]
     result = run(server, *at("validate", spec_file(tmp_path), "--json"))

@@ -11,6 +11,7 @@ import pytest
 from service.client import ApiError, Client, UnreachableError
 from service.client.errors import CorruptDownloadError, RefusedError
 from service.client.sse import Message, messages
+from service.contracts.estimates import Estimate
 from service.contracts.jobs import (
     EventView,
     FileEntry,
@@ -22,6 +23,8 @@ from service.contracts.jobs import (
     Validation,
 )
 from service.contracts.problems import FieldProblem
+from service.jobs.estimate import REQUEST_LIMIT_S
+from tests.fakes.costs import COST
 from tests.fakes.scripted import CREATED, JOB_ID, Clock, Server, job, ok, problem
 
 DATA = b"some weights"
@@ -127,8 +130,11 @@ def test_calls__address_the_job_as_given(clock: Clock) -> None:
 
 
 def test_validate__gives_the_resolved_specs(clock: Clock) -> None:
-    answer = Validation(resolved=[{"kind": "x"}], estimate=[{"steps": 3}], warnings=["w"])
-    assert client_of(Server(ok(answer)), clock).validate({"kind": "x"}) == answer
+    estimate = Estimate(name="x", workers=1, cpus=1, gpus=0, steps=3, cost=COST)
+    answer = Validation(resolved=[{"kind": "x"}], estimate=[estimate], warnings=["w"])
+    server = Server(ok(answer))
+    assert client_of(server, clock).validate({"kind": "x"}) == answer
+    assert server.requests[0].extensions["timeout"]["read"] > REQUEST_LIMIT_S
 
 
 def test_metrics__a_full_answer_is_followed_by_the_rest(

@@ -1,0 +1,118 @@
+"""What a training takes, asked of a child process: the service itself never loads torch."""
+
+import asyncio
+import sys
+import tempfile
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from typing import IO, Protocol
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from service.contracts.estimates import Cost, Question
+
+COMMAND = (sys.executable, "-m", "workers.estimate")
+_NEEDS = ("torch", "timm", "workers")
+_MOST_KEPT = 256  # answers, of about a kilobyte
+_LONGEST_ANSWER = 2**16  # bytes
+_MOST_TOLD = 300  # characters of a child's last words
+
+
+class NoCostError(Exception):
+    """There is no answer; the message says why."""
+
+
+class Costs(Protocol):
+    """Answers questions about costs."""
+
+    async def cost(self, question: Question, *, limit_s: float) -> Cost:
+        """The answer. Raises NoCostError, at the latest after `limit_s` seconds."""
+
+
+class ChildCosts:
+    """Starts a process for each question that is new, one at a time, and keeps the answers."""
+
+    def __init__(self, command: Sequence[str] = COMMAND, *, needs: Sequence[str] = _NEEDS) -> None:
+        """`needs` are the packages without which `command` is not tried."""
+        self._command = tuple(command)
+        self._missing = [name for name in needs if find_spec(name) is None]
+        self._kept: OrderedDict[str, Cost | str] = OrderedDict()
+        self._turn = asyncio.Lock()
+
+    async def cost(self, question: Question, *, limit_s: float) -> Cost:
+        """The answer. Raises NoCostError, at the latest after `limit_s` seconds."""
+        if self._missing:
+            raise NoCostError(
+                f"counting them needs the workers' packages, and {', '.join(self._missing)} is not "
+                "installed where the service runs"
+            )
+        key = question.model_dump_json()
+        try:
+            async with asyncio.timeout(limit_s), self._turn:
+                if key not in self._kept:
+                    self._keep(key, await self._ask(key))
+        except TimeoutError:
+            raise NoCostError(f"counting them took longer than {limit_s:.0f} s") from None
+        found = self._kept[key]
+        if isinstance(found, str):
+            raise NoCostError(found)
+        return found
+
+    def _keep(self, key: str, found: Cost | str) -> None:
+        self._kept[key] = found
+        while len(self._kept) > _MOST_KEPT:
+            self._kept.popitem(last=False)
+
+    async def _ask(self, question: str) -> Cost | str:
+        """The child's answer, or the reason that it gave. It does not outlive this call."""
+        with tempfile.TemporaryFile() as said:
+            child = await asyncio.create_subprocess_exec(
+                *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=said
+            )
+            try:
+                answer = await _exchange(child, question.encode())
+                status = await child.wait()
+            finally:
+                if child.returncode is None:
+                    child.kill()
+                    await child.wait()
+            if status != 0:
+                raise NoCostError(f"counting them ended with status {status}: {_last_words(said)}")
+        return _read(answer)
+
+
+async def _exchange(child: asyncio.subprocess.Process, question: bytes) -> bytes:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    with suppress(BrokenPipeError, ConnectionResetError):  # its status tells why it ended
+        child.stdin.write(question)
+        await child.stdin.drain()
+    child.stdin.close()
+    try:
+        await child.stdout.readexactly(_LONGEST_ANSWER)
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    raise NoCostError(f"counting them gave more than {_LONGEST_ANSWER} bytes")
+
+
+class _Answer(BaseModel):
+    """What the child prints: a cost, or why the networks cannot be built."""
+
+    model_config = ConfigDict(extra="allow")
+    problem: str | None = None
+
+
+def _read(answer: bytes) -> Cost | str:
+    try:
+        problem = _Answer.model_validate_json(answer).problem
+        return problem if problem is not None else Cost.model_validate_json(answer)
+    except ValidationError as error:
+        raise NoCostError(f"counting them gave no answer: {answer[:_MOST_TOLD]!r}") from error
+
+
+def _last_words(said: IO[bytes]) -> str:
+    said.seek(0)
+    lines = said.read().decode(errors="replace").strip().splitlines()
+    return lines[-1][:_MOST_TOLD] if lines else "it said nothing"
