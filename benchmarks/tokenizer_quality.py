@@ -17,32 +17,26 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cim_core.config import TokenizerConfig, TrainingConfig
+from cim_core.config import TokenizerConfig, TokenizerTrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig
 from cim_core.data.index import scan
-from cim_core.data.loading import ImageLoader
-from cim_core.durations import plan
-from cim_core.engine.callbacks import NoCallbacks, StepReport
-from cim_core.engine.fit import fit
-from cim_core.engine.state import TrainState
-from cim_core.optim import build_optimizer
-from cim_core.seeding import generator_for
+from cim_core.engine.callbacks import StepReport
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
 from cim_core.tokenizers.store import save_tokenizer
-from cim_core.tokenizers.task import tokenizer_task
+from cim_core.train import train_tokenizer
 
 SHOWN = ("psnr", "perplexity", "codes_used")
 
 
-class Watch(NoCallbacks):
+class Watch:
     """A progress bar, and the curve."""
 
     def __init__(self, progress: Progress, steps: int) -> None:
         self._progress, self._bar = progress, progress.add_task("training", total=steps)
         self.curve: list[dict[str, float]] = []
 
-    def on_step(self, report: StepReport) -> None:
+    def __call__(self, report: StepReport) -> None:
         point = {"step": report.step, "images_per_s": report.images_per_s}
         self.curve.append(point | {name: report.metrics[name] for name in SHOWN})
         told = "  ".join(f"{name} {report.metrics[name]:.3g}" for name in SHOWN)
@@ -53,27 +47,17 @@ def main() -> None:
     """Train each setting and print its line."""
     options = _options()
     torch.set_num_threads(options.threads)
-    train, val = scan(options.train), scan(options.val)
+    val = scan(options.val)
     console = Console(stderr=True)
     for text in options.set or [""]:
         config, training = _settings(text, options)
-        views = ViewConfig(image_size=config.image_size, crop_min=options.crop_min)
-        dataset, unseen = ImageDataset(train, views), ImageDataset(val, views)
-        model = DiscreteVAE(config, generator=generator_for(options.seed, "init", "tokenizer"))
+        unseen = ImageDataset(val, ViewConfig(image_size=config.image_size))
         started = time.perf_counter()
         with Progress(console=console) as progress:
             watch = Watch(progress, options.steps)
-            fit(
-                tokenizer_task(model, seed=options.seed),
-                TrainState(model=model, optimizer=build_optimizer(model, training)),
-                ImageLoader(dataset, batch_size=training.batch_size),
-                plan(training, num_images=len(dataset)),
-                training,
-                callbacks=watch,
-                device=torch.device("cpu"),
-            )
+            model = train_tokenizer(options.train, config, training, on_step=watch)
         record = {"set": text, "seconds": round(time.perf_counter() - started), "steps": options.steps}
-        record |= _measure(model.eval(), unseen, options.val_images)
+        record |= _measure(model, unseen, options.val_images)
         record["collapse"] = collapse(record, vocab_size=config.vocab_size)
         print(json.dumps(record | ({"curve": watch.curve} if options.curve else {})), flush=True)
         if options.out:
@@ -96,13 +80,13 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, TrainingConfig]:
+def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, TokenizerTrainingConfig]:
     given: dict[str, Any] = {
         key: _value(value) for key, value in (part.split("=", 1) for part in text.split(",") if part)
     }
-    rate = given.pop("rate", 1.5e-3)
-    training = TrainingConfig(
-        steps=options.steps, batch_size=options.batch, learning_rate=rate, weight_decay=0.0,
+    rate = {"learning_rate": given.pop("rate")} if "rate" in given else {}
+    training = TokenizerTrainingConfig(
+        steps=options.steps, batch_size=options.batch, weight_decay=0.0, **rate,
         precision="fp32", crop_min=options.crop_min, seed=options.seed,
     )  # fmt: skip
     return replace(TokenizerConfig(), **given), training

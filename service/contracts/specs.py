@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from cim_core.config import Duration, ModelConfig, TokenizerConfig, TrainingConfig
+from cim_core.config import Duration, ModelConfig, TokenizerConfig, TokenizerTrainingConfig, TrainingConfig
 from service.contracts.base import Contract
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -61,7 +61,7 @@ class TokenizerSpec(_Spec):
     recipe: Recipe = None
     data: Data
     model: TokenizerConfig = TokenizerConfig()
-    training: TrainingConfig
+    training: TokenizerTrainingConfig
 
 
 class PretrainSpec(_Spec):

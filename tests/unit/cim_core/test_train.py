@@ -80,13 +80,18 @@ def test_readme__its_example_runs_and_plain_timm_loads_the_encoder(photos: Path,
     assert len(lines) <= 22
     small = re.sub(r"steps=\d+, batch_size=32", "steps=1, batch_size=4", code)
     small = re.sub(r'images = "[^"]+"', f"images = {str(photos)!r}", small)
-    after = 'import timm\nprint(timm.create_model("local-dir:encoder").num_features)\n'
+    after = (
+        'import timm\nloaded = timm.create_model("local-dir:encoder", pretrained=True).state_dict()\n'
+        "trained = cim.enhancer.backbone.state_dict()\n"
+        "print(len(loaded), all(torch.equal(loaded[k], trained[k]) for k in trained))\n"
+    )
+    small = "import torch\n" + small
     environment = {"PYTHONPATH": str(README.parent.parent), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", small + after], cwd=tmp_path, env=environment, capture_output=True, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
-    assert done.stdout.decode().splitlines()[-1] == "192"
+    assert re.fullmatch(r"\d+ True", done.stdout.decode().splitlines()[-1])
 
 
 def test_pretrain__cut_and_called_again_ends_as_the_uncut_run(photos: Path, tmp_path: Path) -> None:
