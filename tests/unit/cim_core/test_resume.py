@@ -39,7 +39,8 @@ CUTS = {
     "exactly_at_a_border": [5],
     "twice_in_one_epoch": [6, 7],
     "after_each_of_three_steps": [1, 2, 3],
-    "before_the_last_step": [9],
+    **{f"after_step_{step}": [step] for step in range(1, TOTAL)},
+    "after_every_step": list(range(1, TOTAL)),
 }
 Samples = list[tuple[int, ...]]
 
