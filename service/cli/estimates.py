@@ -23,7 +23,7 @@ def validation_text(validation: Validation) -> str:
 
 def estimate_lines(estimate: Estimate) -> Iterator[str]:
     """What is known, a line a subject."""
-    yield f"resources: {estimate.workers} workers, {estimate.cpus} CPUs, {estimate.gpus} GPUs"
+    yield f"resources: workers {estimate.workers}, CPUs {estimate.cpus}, GPUs {estimate.gpus}"
     counts = {"steps": estimate.steps, "images": estimate.images, "files": estimate.files}
     known = [f"{count:,} {name}" for name, count in counts.items() if count is not None]
     if estimate.epochs is not None:

@@ -164,7 +164,8 @@ def recipes(
     if as_json:
         print_json(_dump(found) if isinstance(found, list) else found.model_dump(mode="json"))
     elif isinstance(found, list):
-        out.print(render.recipes_table(found))
+        for one in found:
+            out.print(render.recipe_lines(one), markup=False, soft_wrap=True)
     else:
         out.print(found.text, markup=False, soft_wrap=True, end="")
 

@@ -59,14 +59,11 @@ def jobs_table(jobs: Sequence[JobView], *, now: datetime) -> RenderableType:
     return table
 
 
-def recipes_table(recipes: Sequence[RecipeSummary]) -> RenderableType:
-    """One row a recipe."""
-    table = _table("NAME", "METHOD", "ENHANCER", "OBJECTIVE", "EPOCHS", "WHAT IT IS")
-    for one in recipes:
-        epochs = "" if one.epochs is None else f"{one.epochs:g}"
-        row = (one.name, one.method, one.enhancer or "", one.objective or "", epochs, plain(one.description))
-        table.add_row(*(_cell(item) for item in row))
-    return table
+def recipe_lines(recipe: RecipeSummary) -> str:
+    """Name and facts of a recipe, and below them what it is."""
+    epochs = "" if recipe.epochs is None else f"{recipe.epochs:g} epochs"
+    facts = (recipe.method, recipe.enhancer, recipe.objective, epochs)
+    return f"{recipe.name:<24}{', '.join(fact for fact in facts if fact)}\n    {plain(recipe.description)}"
 
 
 def job_panel(job: JobView, *, now: datetime) -> RenderableType:

@@ -15,7 +15,7 @@ from pydantic import Field
 from service.contracts.base import Stored
 from service.contracts.problems import FieldProblem
 
-_METHODS = {"pretrain": "corrupted image modeling", "tokenizer": "discrete image tokenizer"}
+_METHODS = {"pretrain": "CIM", "tokenizer": "tokenizer"}
 # Of these one alone says how long something lasts, so giving another one replaces it.
 _LENGTHS = ("steps", "epochs", "images")
 
@@ -25,7 +25,7 @@ class RecipeSummary(Stored):
 
     name: str
     kind: str
-    method: str
+    method: str = Field(description="CIM (corrupted image modeling), or the training of a tokenizer.")
     enhancer: str | None = None
     objective: str | None = None
     epochs: float | None = None

@@ -15,7 +15,9 @@ from service.contracts.estimates import Cost, Question
 
 COMMAND = (sys.executable, "-m", "workers.estimate")
 _NEEDS = ("torch", "timm", "workers")
+_CHILD_LIMIT_S = 300.0  # ten seconds on an idle machine
 _MOST_KEPT = 256  # answers, of about a kilobyte
+_MOST_WAITING = 100  # questions; a request holds as many specs
 _LONGEST_ANSWER = 2**16  # bytes
 _MOST_TOLD = 300  # characters of a child's last words
 
@@ -32,13 +34,23 @@ class Costs(Protocol):
 
 
 class ChildCosts:
-    """Starts a process for each question that is new, one at a time, and keeps the answers."""
+    """Starts a process for each question that is new, one at a time, and keeps the answers.
 
-    def __init__(self, command: Sequence[str] = COMMAND, *, needs: Sequence[str] = _NEEDS) -> None:
-        """`needs` are the packages without which `command` is not tried."""
+    Whoever asks may stop waiting: the process goes on, so that asking again later finds the answer.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] = COMMAND,
+        *,
+        needs: Sequence[str] = _NEEDS,
+        child_limit_s: float = _CHILD_LIMIT_S,
+    ) -> None:
+        """`needs` are the packages without which `command` is not tried; a child has `child_limit_s`."""
         self._command = tuple(command)
         self._missing = [name for name in needs if find_spec(name) is None]
-        self._kept: OrderedDict[str, Cost | str] = OrderedDict()
+        self._child_limit_s = child_limit_s
+        self._asked: OrderedDict[str, asyncio.Task[Cost | str]] = OrderedDict()
         self._turn = asyncio.Lock()
 
     async def cost(self, question: Question, *, limit_s: float) -> Cost:
@@ -48,25 +60,39 @@ class ChildCosts:
                 f"counting them needs the workers' packages, and {', '.join(self._missing)} is not "
                 "installed where the service runs"
             )
-        key = question.model_dump_json()
-        try:
-            async with asyncio.timeout(limit_s), self._turn:
-                if key not in self._kept:
-                    self._keep(key, await self._ask(key))
-        except TimeoutError:
-            raise NoCostError(f"counting them took longer than {limit_s:.0f} s") from None
-        found = self._kept[key]
+        task = self._task(question.model_dump_json())
+        done, _ = await asyncio.wait([task], timeout=limit_s)
+        if not done:
+            raise NoCostError(f"counting them takes longer than {limit_s:.0f} s; it goes on, ask again")
+        found = task.result()
         if isinstance(found, str):
             raise NoCostError(found)
         return found
 
-    def _keep(self, key: str, found: Cost | str) -> None:
-        self._kept[key] = found
-        while len(self._kept) > _MOST_KEPT:
-            self._kept.popitem(last=False)
+    def _task(self, key: str) -> asyncio.Task[Cost | str]:
+        """That of an equal question, unless it failed by chance; else a new one."""
+        task = self._asked.get(key)
+        if task is not None and not (task.done() and _failed(task)):
+            return task
+        self._asked = OrderedDict((k, t) for k, t in self._asked.items() if not (t.done() and _failed(t)))
+        if sum(not t.done() for t in self._asked.values()) >= _MOST_WAITING:
+            raise NoCostError(f"{_MOST_WAITING} other networks are being counted; ask again later")
+        while len(self._asked) >= _MOST_KEPT:
+            self._asked.popitem(last=False)
+        self._asked[key] = asyncio.create_task(self._count(key))
+        return self._asked[key]
+
+    async def _count(self, question: str) -> Cost | str:
+        """The child's answer, or the reason that it gave."""
+        async with self._turn:
+            try:
+                async with asyncio.timeout(self._child_limit_s):
+                    return await self._ask(question)
+            except TimeoutError:
+                raise NoCostError(f"counting them took longer than {self._child_limit_s:.0f} s") from None
 
     async def _ask(self, question: str) -> Cost | str:
-        """The child's answer, or the reason that it gave. It does not outlive this call."""
+        """Start a child, which does not outlive this call, and read what it says."""
         with tempfile.TemporaryFile() as said:
             child = await asyncio.create_subprocess_exec(
                 *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=said
@@ -81,6 +107,10 @@ class ChildCosts:
             if status != 0:
                 raise NoCostError(f"counting them ended with status {status}: {_last_words(said)}")
         return _read(answer)
+
+
+def _failed(task: asyncio.Task[Cost | str]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 async def _exchange(child: asyncio.subprocess.Process, question: bytes) -> bytes:

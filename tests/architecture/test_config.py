@@ -30,6 +30,7 @@ MINIMAL: dict[str, dict[str, Any]] = {
         "objective": {"name": "respix"},
     },
     "TrainingConfig": {"steps": 1},
+    "TokenizerTrainingConfig": {"steps": 1},
 }
 
 
@@ -101,6 +102,7 @@ def test_choices__each_is_looked_at_here() -> None:
     # is; neither is something to be built.
     assert literal == {
         ("TrainingConfig", "precision"),
+        ("TokenizerTrainingConfig", "precision"),
         ("ModelConfig", "interpolation"),
         ("ObjectiveConfig", "name"),
         ("ObjectiveConfig", "normalise"),

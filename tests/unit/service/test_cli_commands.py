@@ -19,6 +19,7 @@ from service.client import Client
 from service.contracts.estimates import Estimate
 from service.contracts.jobs import EventView, FileEntry, JobPage, JobState, LogLine, MetricPoint, Validation
 from service.contracts.problems import FieldProblem
+from service.contracts.recipes import RecipeSummary, known_recipes
 from tests.fakes.scripted import CREATED, JOB_ID, Clock, Server, job, ok, problem
 
 URL = "http://service:1"
@@ -216,14 +217,28 @@ def test_validate__prints_yaml_with_the_estimate(run: Run, tmp_path: Path) -> No
     result = run(server, *at("validate", spec_file(tmp_path)))
     assert result.exit_code == 0
     assert result.stdout == (
-        "name: a\nn: 1\n# estimate\n#   resources: 2 workers, 4 CPUs, 0 GPUs\n"
+        "name: a\nn: 1\n# estimate\n#   resources: workers 2, CPUs 4, GPUs 0\n"
         "#   length: 1,000 steps, 20,000 images\n"
-        "---\nname: b\n# estimate\n#   resources: 1 workers, 1 CPUs, 0 GPUs\n"
+        "---\nname: b\n# estimate\n#   resources: workers 1, CPUs 1, GPUs 0\n"
     )
     assert result.stderr == "warning: no images\n"
     assert server.calls == ["POST /v1/jobs/validate"]
     result = run(server, *at("validate", spec_file(tmp_path), "--json"))
     assert Validation.model_validate_json(result.stdout) == answer
+
+
+def test_recipes__list_one_or_json(run: Run) -> None:
+    recipes = list(known_recipes().values())
+    summaries = [RecipeSummary.model_validate(recipe.model_dump()) for recipe in recipes]
+    server = Server(ok(summaries))
+    lines = run(server, *at("recipes")).stdout
+    assert all(recipe.name in lines for recipe in recipes)
+    assert json.loads(run(server, *at("recipes", "--json")).stdout) == [one.model_dump() for one in summaries]
+    server = Server(ok(recipes[0]))
+    assert run(server, *at("recipes", recipes[0].name)).stdout == recipes[0].text
+    shown = json.loads(run(server, *at("recipes", recipes[0].name, "--json")).stdout)
+    assert shown == recipes[0].model_dump()
+    assert server.calls == [f"GET /v1/recipes/{recipes[0].name}"] * 2
 
 
 # Looking

@@ -23,7 +23,7 @@ def test_lines__in_units_of_people() -> None:
         cost=COST,
     )
     assert list(estimate_lines(estimate)) == [
-        "resources: 8 workers, 64 CPUs, 8 GPUs",
+        "resources: workers 8, CPUs 64, GPUs 8",
         "length: 187,672 steps, 384,352,256 images, 1,281,167 files, 300 epochs",
         "still open: how many are pictures",
         "parameters: 126 M (enhancer 21.7 M, generator 6.78 M, head 296 k, tokenizer 97.6 M)",

@@ -23,6 +23,7 @@ from service.contracts.jobs import (
     Validation,
 )
 from service.contracts.problems import FieldProblem
+from service.contracts.recipes import known_recipes
 from service.jobs.estimate import REQUEST_LIMIT_S
 from tests.fakes.costs import COST
 from tests.fakes.scripted import CREATED, JOB_ID, Clock, Server, job, ok, problem
@@ -135,6 +136,15 @@ def test_validate__gives_the_resolved_specs(clock: Clock) -> None:
     server = Server(ok(answer))
     assert client_of(server, clock).validate({"kind": "x"}) == answer
     assert server.requests[0].extensions["timeout"]["read"] > REQUEST_LIMIT_S
+
+
+def test_recipes__listed_or_one(clock: Clock) -> None:
+    recipe = known_recipes()["tokenizer-64"]
+    server = Server(ok([recipe]), ok(recipe))
+    client = client_of(server, clock)
+    assert [one.name for one in client.recipes()] == ["tokenizer-64"]
+    assert client.recipe("a/b") == recipe
+    assert server.calls == ["GET /v1/recipes", "GET /v1/recipes/a%2Fb"]
 
 
 def test_metrics__a_full_answer_is_followed_by_the_rest(

@@ -80,10 +80,65 @@ async def test_cost__a_child_that_fails_is_told_of(code: str, words: str) -> Non
         await child(code).cost(QUESTION, limit_s=30)
 
 
+async def test_cost__a_failure_is_not_kept(tmp_path: Path) -> None:
+    answer = json.dumps(COST.model_dump())
+    flag = str(tmp_path / "second")
+    costs = child(
+        f"import os\nif not os.path.exists({flag!r}): open({flag!r}, 'w'); sys.exit(1)\nprint({answer!r})"
+    )
+    with pytest.raises(NoCostError, match="status 1"):
+        await costs.cost(QUESTION, limit_s=30)
+    assert await costs.cost(QUESTION, limit_s=30) == COST
+
+
 async def test_cost__a_child_that_takes_too_long_is_ended() -> None:
-    with pytest.raises(NoCostError, match="longer than 1 s"):
-        await child("time.sleep(600)").cost(QUESTION, limit_s=1)
+    command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    costs = ChildCosts(command, needs=(), child_limit_s=0.5)
+    for _ in range(2):
+        with pytest.raises(NoCostError, match="took longer than 0 s"):
+            await costs.cost(QUESTION, limit_s=30)
+        assert not psutil.Process().children()
+
+
+async def test_cost__who_does_not_wait_finds_the_answer_later(tmp_path: Path) -> None:
+    answer = json.dumps(COST.model_dump())
+    here = str(tmp_path / "go")
+    costs = child(
+        f"import pathlib\nwhile not pathlib.Path({here!r}).exists(): time.sleep(0.01)\nprint({answer!r})"
+    )
+    with pytest.raises(NoCostError, match="ask again"):
+        await costs.cost(QUESTION, limit_s=0.1)
+    (tmp_path / "go").touch()
+    assert await costs.cost(QUESTION, limit_s=30) == COST
+
+
+async def test_cost__a_child_ends_with_the_service() -> None:
+    costs = child("time.sleep(600)")
+    with pytest.raises(NoCostError):
+        await costs.cost(QUESTION, limit_s=0.5)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:  # as the loop does when it closes
+        task.cancel()
+    await asyncio.gather(*others, return_exceptions=True)
     assert not psutil.Process().children()
+
+
+async def test_cost__too_many_questions_are_turned_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.costs._MOST_WAITING", 1)
+    costs = child("time.sleep(600)")
+    with pytest.raises(NoCostError, match="it goes on"):
+        await costs.cost(QUESTION, limit_s=0)
+    with pytest.raises(NoCostError, match="1 other networks"):
+        await costs.cost(OTHER, limit_s=0)
+
+
+async def test_cost__old_answers_make_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.jobs.costs._MOST_KEPT", 1)
+    answer = json.dumps(COST.model_dump())
+    costs = child(f"open({str(tmp_path / 'asked')!r}, 'a').write('x'); print({answer!r})")
+    for question in (QUESTION, OTHER, OTHER, QUESTION):
+        await costs.cost(question, limit_s=30)
+    assert (tmp_path / "asked").read_text() == "xxx"
 
 
 async def test_cost__children_come_one_after_the_other(tmp_path: Path) -> None:
