@@ -24,6 +24,7 @@ from cim_core.engine import dist
 from cim_core.tokenizers.network import empty_conv
 
 KMEANS_ROUNDS = 10
+LOGIT_GAIN = 8.0  # relaxed
 # Rows of the distance table are worked off in portions of at most this many numbers (64 MiB).
 DISTANCES_AT_ONCE = 2**24
 
@@ -131,7 +132,9 @@ class VectorQuantiser(nn.Module):
 class RelaxedQuantiser(nn.Module):
     """A softmax over the codes with Gumbel noise, sharper and sharper; the arg-max when frozen.
 
-    The embedding is the first layer of DALL-E's decoder: a 1x1 convolution of one-hot maps.
+    The embedding is the first layer of DALL-E's decoder: a 1x1 convolution of one-hot maps. The logits
+    are the encoder's output times LOGIT_GAIN: an untrained encoder's are smaller than the noise, and
+    then the codebook collapses before it says anything (docs/lab-log.md).
     """
 
     def __init__(self, config: TokenizerConfig) -> None:
@@ -158,14 +161,14 @@ class RelaxedQuantiser(nn.Module):
         code_BhwD: Tensor = F.embedding(ids_Bhw, weight_VD) + self.embedding.bias
         return code_BhwD.permute(0, 3, 1, 2)
 
-    def forward(self, logits_BVhw: Tensor, *, progress: float, generator: torch.Generator) -> Quantised:
+    def forward(self, z_BVhw: Tensor, *, progress: float, generator: torch.Generator) -> Quantised:
         """Blend the codes [B, D, h, w] by a noisy softmax (training) or take the likeliest (otherwise).
 
         `progress` in [0, 1] drives the temperature and the weight of the KL to the uniform prior.
         """
         config = self._config
-        with torch.autocast(logits_BVhw.device.type, enabled=False):
-            logits_BVhw = logits_BVhw.float()
+        with torch.autocast(z_BVhw.device.type, enabled=False):
+            logits_BVhw = LOGIT_GAIN * z_BVhw.float()
             ids_Bhw = self.ids(logits_BVhw)
             log_q_BVhw = logits_BVhw.log_softmax(dim=1)
             kl = (log_q_BVhw.exp() * (log_q_BVhw + log(config.vocab_size))).sum(dim=1).mean()

@@ -168,13 +168,13 @@ def relaxed(config: TokenizerConfig = RELAXED) -> RelaxedQuantiser:
 
 def test_relaxed__kl_written_out() -> None:
     quantiser = relaxed()
-    logits = torch.randn(2, 6, 2, 2, generator=generator())
-    result = quantiser(logits, progress=1.0, generator=generator())
+    z = torch.randn(2, 6, 2, 2, generator=generator())
+    result = quantiser(z, progress=1.0, generator=generator())
     total = 0.0
     for b in range(2):
         for y in range(2):
             for x in range(2):
-                q = logits[b, :, y, x].double().softmax(dim=0)
+                q = (8 * z[b, :, y, x].double()).softmax(dim=0)  # 8: the gain
                 total += sum(float(p * torch.log(p / (1 / 6))) for p in q)
     assert result.metrics["kl"].item() == pytest.approx(total / 8, rel=1e-5)
     # Loss in nats a colour value: a token stands for 4 x 4 x 3 of them.
