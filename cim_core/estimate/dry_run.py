@@ -107,7 +107,7 @@ def _is_mask(indices: Sequence[Tensor | None]) -> bool:
 def multiplications(run: Callable[[], object]) -> int:
     """Multiply-accumulates of matrix products, convolutions and attention in `run`, on fake tensors.
 
-    Torch counts two operations for each of them, and does not know the CPU's fused attention.
+    Torch counts two operations for each. Releases before 2.15 may not know the CPU's fused attention.
     """
     with FlopCounterMode(display=False, custom_mapping=_ATTENTION) as counter:
         run()

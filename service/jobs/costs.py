@@ -1,6 +1,7 @@
 """What a training takes, asked of a child process: the service itself never loads torch."""
 
 import asyncio
+import subprocess
 import sys
 import tempfile
 from collections import OrderedDict
@@ -94,16 +95,12 @@ class ChildCosts:
     async def _ask(self, question: str) -> Cost | str:
         """Start a child, which does not outlive this call, and read what it says."""
         with tempfile.TemporaryFile() as said:
-            child = await asyncio.create_subprocess_exec(
-                *self._command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=said
-            )
+            child = _start(self._command, said)
             try:
-                answer = await _exchange(child, question.encode())
-                status = await child.wait()
+                answer, status = await asyncio.to_thread(_exchange, child, question.encode())
             finally:
-                if child.returncode is None:
-                    child.kill()
-                    await child.wait()
+                child.kill()
+                child.wait()
             if status != 0:
                 raise NoCostError(f"counting them ended with status {status}: {_last_words(said)}")
         return _read(answer)
@@ -113,18 +110,25 @@ def _failed(task: asyncio.Task[Cost | str]) -> bool:
     return task.cancelled() or task.exception() is not None
 
 
-async def _exchange(child: asyncio.subprocess.Process, question: bytes) -> bytes:
+def _start(command: Sequence[str], said: IO[bytes]) -> subprocess.Popen[bytes]:
+    """A child that is asked and answers by pipes.
+
+    Not asyncio's own, which waits for ever where a task is cancelled while its child starts.
+    """
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said)
+
+
+def _exchange(child: subprocess.Popen[bytes], question: bytes) -> tuple[bytes, int]:
+    """What the child answers, and the status that it ends with; blocks until it ends or is killed."""
     assert child.stdin is not None
     assert child.stdout is not None
-    with suppress(BrokenPipeError, ConnectionResetError):  # its status tells why it ended
-        child.stdin.write(question)
-        await child.stdin.drain()
-    child.stdin.close()
-    try:
-        await child.stdout.readexactly(_LONGEST_ANSWER)
-    except asyncio.IncompleteReadError as error:
-        return error.partial
-    raise NoCostError(f"counting them gave more than {_LONGEST_ANSWER} bytes")
+    with suppress(BrokenPipeError), child.stdin as asked:  # its status tells why it ended
+        asked.write(question)
+    with child.stdout as answered:
+        answer = answered.read(_LONGEST_ANSWER + 1)
+    if len(answer) > _LONGEST_ANSWER:
+        raise NoCostError(f"counting them gave more than {_LONGEST_ANSWER} bytes")
+    return answer, child.wait()
 
 
 class _Answer(BaseModel):
