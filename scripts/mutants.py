@@ -4,7 +4,7 @@
     python -m scripts.mutants masking    one of them
 
 Needs the dependency group `mutants` (Cosmic Ray finds and makes the changes). A child process is forked
-for each mutant, with torch and timm loaded already. Prints each survivor as a diff; exit status 1 if one
+for each mutant, with torch and timm loaded already. Prints each survivor as it is found; exit status 1 if one
 survived that is not listed in tests/mutants.json with the reason why it changes no behaviour.
 """
 
@@ -107,8 +107,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     survivors = [mutant for name in targets for mutant in survivors_of(name)]
     unexcused = [mutant for mutant in survivors if mutant.diff not in excused.get(mutant.module, {})]
     print(f"{len(survivors)} survived, {len(unexcused)} of them without an excuse")
-    for mutant in unexcused:
-        print(f"\n{mutant.module} {mutant.operator}\n{mutant.diff}")
     return 1 if unexcused else 0
 
 
@@ -123,6 +121,7 @@ def survivors_of(name: str) -> Iterator[Mutant]:
         word = verdict(mutant, TARGETS[name])
         told[word] += 1
         if word == "passed":
+            print(f"\n{name} {mutant.operator} survived\n{mutant.diff}", flush=True)
             yield mutant
     print(f"{name}: {len(mutants)} mutants, {told}, {time.monotonic() - started:.0f} s", flush=True)
 
