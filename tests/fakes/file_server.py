@@ -20,9 +20,11 @@ class FileServer:
     tag: str | None = '"one"'
     url: str = ""
     requests: list[tuple[str, str | None]] = field(default_factory=list)  # path, Range
+    conditions: list[str | None] = field(default_factory=list)  # If-Range
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
         self.requests.append((handler.path, handler.headers["Range"]))
+        self.conditions.append(handler.headers["If-Range"])
         (self.answers.pop(0) if self.answers else whole)(self, handler)
 
 
@@ -91,8 +93,11 @@ def serving_files(files: dict[str, bytes]) -> Iterator[FileServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.close_connection = True
             state.answer(self)
+
+        def end_headers(self) -> None:
+            self.send_header("Connection", "close")  # which also ends the connection behind the answer
+            super().end_headers()
 
         def log_message(self, *_: Any) -> None:
             """Quiet."""

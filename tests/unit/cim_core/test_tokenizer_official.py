@@ -140,6 +140,18 @@ def _half() -> Any:
     return official_encoder().half()
 
 
+def _with_layers(table: object) -> Any:
+    encoder = official_encoder()
+    encoder.__dict__ |= {"_modules": table, "kept": encoder._modules}  # so that the file stays as large
+    return encoder
+
+
+def _loaded_relu() -> Any:
+    encoder = official_encoder()
+    encoder.blocks.output.relu.slope = nn.Parameter(torch.ones(1))
+    return encoder
+
+
 def _endless() -> Any:
     encoder = official_encoder()
     encoder.blocks.group_1.block_1 = encoder.blocks
@@ -163,6 +175,9 @@ def _endless() -> Any:
         (lambda: _with_shape((WIDTH, 1)), r"blocks\.input\.b: it has the shape \[16, 1\], not \[16\]"),
         (_not_finite, r"blocks\.input\.w: some of its numbers are not finite"),
         (_half, r"names 'torch\.HalfStorage'"),
+        (lambda: _with_layers([1]), "_modules is no table but list"),
+        (lambda: _with_layers({"blocks": 7}), r"blocks\. is no module but 7"),
+        (_loaded_relu, r"layers of blocks\.output\. .* has 'relu' besides"),
         (_endless, r"the layers of blocks\.group_1\.block_1\. are not the expected ones"),
         (official_decoder, r"it holds a dall_e\.decoder\.Decoder where a dall_e\.encoder\.Encoder must be"),
         (lambda: nn.Linear(2, 2), r"names 'torch\.nn\.modules\.linear\.Linear'"),

@@ -200,7 +200,7 @@ def test_paths__of_openais_files_are_meant_from_the_spec_too(tmp_path: Path) -> 
     text = "model: {tokenizer: {source: dall-e, encoder: encoder.pkl, decoder: 'https://example.org/d.pkl'}}"
     assert one(tmp_path, text)["model"]["tokenizer"] == {
         "source": "dall-e",
-        "encoder": str(tmp_path / "encoder.pkl"),
+        "encoder": str(tmp_path / "specs" / "encoder.pkl"),
         "decoder": "https://example.org/d.pkl",
     }
 

@@ -65,13 +65,24 @@ def test_download__goes_on_where_the_connection_broke(
     assert pauses == [1.0, 2.0, 4.0]
 
 
-@pytest.mark.parametrize("tag", ['"one"', 'W/"one"', None])
+@pytest.mark.parametrize(("tag", "sent"), [('"one"', '"one"'), ('W/"one"', None), (None, None)])
 def test_download__goes_on_with_and_without_a_mark_of_the_version(
-    server: FileServer, tmp_path: Path, tag: str | None
+    server: FileServer, tmp_path: Path, tag: str | None, sent: str | None
 ) -> None:
+    """A weak mark does not say that the bytes are the same (RFC 9110, 13.1.5)."""
     server.tag, server.answers = tag, [dropped_after(1000)]
     assert fetch(server, tmp_path) == CONTENT
     assert ranges(server) == [None, "bytes=1000-"]
+    assert server.conditions == [None, sent]
+
+
+def test_download__goes_on_after_a_range_that_is_shorter_than_the_rest(
+    server: FileServer, tmp_path: Path
+) -> None:
+    part = headers(206, CONTENT[1000:1004], Content_Range=f"bytes 1000-1003/{len(CONTENT)}")
+    server.answers = [dropped_after(1000), part]
+    assert fetch(server, tmp_path) == CONTENT
+    assert ranges(server) == [None, "bytes=1000-", "bytes=1004-"]
 
 
 def test_download__waits_for_a_server_that_is_not_ready(

@@ -194,6 +194,17 @@ def test_content__that_is_not_openais_is_refused_and_not_kept(
     assert not (tmp_path / "canary").exists()
 
 
+def test_place__is_marked_as_whole_last(files: tuple[Path, Path], tmp_path: Path) -> None:
+    class Noting(DirectoryStore):
+        def put_file(self, key: str, path: Path) -> None:
+            written.append(key.rpartition("/")[2])
+            super().put_file(key, path)
+
+    written: list[str] = []
+    job(Noting(tmp_path / "s"), tmp_path / "a", encoder=str(files[0]), decoder=str(files[1])).place()
+    assert written == ["model.safetensors", "config.json"]
+
+
 def test_content__half_a_conversion_is_done_again(
     files: tuple[Path, Path], store: DirectoryStore, tmp_path: Path
 ) -> None:
