@@ -16,6 +16,80 @@ def test_count_range__defaults_are_100_to_120_of_196() -> None:
     assert count_range(14, MaskingConfig()) == (100, 120)
 
 
+@pytest.mark.parametrize(
+    ("grid", "low", "high", "expected"),
+    [
+        (14, 0.0, 0.2, (1, 39)),  # at least one is masked
+        (14, 0.5, 0.5, (98, 98)),
+        (14, 0.9, 1.0, (176, 195)),  # at least one is kept
+        (2, 0.01, 0.01, (1, 1)),
+        (2, 1.0, 1.0, (3, 3)),
+        (3, 0.2, 0.4, (2, 4)),
+    ],
+)
+def test_count_range__by_hand(grid: int, low: float, high: float, expected: tuple[int, int]) -> None:
+    assert count_range(grid, MaskingConfig(min_ratio=low, max_ratio=high)) == expected
+
+
+def slow_block(target: int, grid: int, min_cells: int, generator: torch.Generator) -> set[tuple[int, int]]:
+    """METHOD 7.1 in sets of cells, one cell at a time, with the draws in the same order."""
+    masked: set[tuple[int, int]] = set()
+    while len(masked) < target:
+        remaining = target - len(masked)
+        for _ in range(10):
+            area_u, aspect_u, y_u, x_u = torch.rand(4, generator=generator).tolist()
+            smallest = min(min_cells, target)
+            area = smallest + area_u * (remaining - smallest)
+            aspect = 0.3 ** (1 - 2 * aspect_u)
+            height, width = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+            if height not in range(1, grid) or width not in range(1, grid):
+                continue
+            top, left = math.floor(y_u * (grid - height + 1)), math.floor(x_u * (grid - width + 1))
+            block = {(top + y, left + x) for y in range(height) for x in range(width)}
+            if len(block - masked) in range(1, remaining + 1):
+                masked |= block
+                break
+        else:
+            break
+    if not masked:
+        masked = {divmod(int(torch.randint(grid * grid, (), generator=generator)), grid)}
+    return masked
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratios", "min_cells"),
+    [
+        (14, (75 / 196, 75 / 196), 16),
+        (14, (0.51, 0.61), 16),
+        (8, (0.1, 0.6), 4),
+        (4, (0.2, 0.9), 1),
+        (2, (0, 1), 2),
+    ],
+)
+def test_block_mask__is_the_slow_one(grid: int, ratios: tuple[float, float], min_cells: int) -> None:
+    low, high = ratios
+    config = MaskingConfig(strategy="block", min_ratio=low, max_ratio=high, block_min_cells=min_cells)
+    generator = rng(5)
+    counts = torch.randint(
+        *[n + i for i, n in enumerate(count_range(grid, config))], (60,), generator=generator
+    )
+    expected = [slow_block(count, grid, min_cells, generator) for count in counts.tolist()]
+    masks = block_mask(60, grid, config, rng(5)).view(60, grid, grid)
+    assert [{(int(y), int(x)) for y, x in mask.nonzero()} for mask in masks] == expected
+
+
+def test_random_mask__is_the_first_of_a_shuffled_list() -> None:
+    config, generator = MaskingConfig(min_ratio=0.2, max_ratio=0.8), rng(5)
+    counts = torch.randint(7, 30, (40,), generator=generator).tolist()  # 20 to 80 % of 36
+    noise = torch.rand(40, 36, generator=generator).tolist()
+    expected = [
+        sorted(sorted(range(36), key=row.__getitem__)[:count])
+        for row, count in zip(noise, counts, strict=True)
+    ]
+    masks = random_mask(40, 6, config, rng(5))
+    assert [mask.nonzero().flatten().tolist() for mask in masks] == expected
+
+
 def test_random_mask__counts_are_uniform_over_the_range_and_differ_per_image() -> None:
     counts = random_mask(8_400, 14, MaskingConfig(), rng()).sum(dim=1)
     assert (int(counts.min()), int(counts.max())) == (100, 120)
