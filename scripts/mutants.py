@@ -16,6 +16,7 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,6 +57,8 @@ OPERATORS = (
     "AddNot", "ReplaceTrueWithFalse", "ReplaceFalseWithTrue", "ReplaceAndWithOr", "ReplaceOrWithAnd",
     "NumberReplacer", "RemoveDecorator", "ZeroIterationForLoop",
 )  # fmt: skip
+# A `*` between parameters is no product.
+_SIGNATURE = re.compile(r"^\+.*, [/+], \w+: ", re.MULTILINE)
 KNOWN = Path("tests/mutants.json")
 TIMEOUT_S = 240.0
 PRELOADED = (
@@ -135,9 +138,10 @@ def mutants_of(name: str) -> Iterator[Mutant]:
             source = mutate_code(original, get_operator(f"core/{operator}")(), occurrence)
             if source is None:
                 break
-            if source not in seen:
-                seen.add(source)
-                yield Mutant(module=name, operator=operator, source=source, diff=_changed(original, source))
+            changed = _changed(original, source)
+            if source not in seen and not _SIGNATURE.search(changed):
+                yield Mutant(module=name, operator=operator, source=source, diff=changed)
+            seen.add(source)
 
 
 def verdict(mutant: Mutant | None, tests: Sequence[str]) -> str:

@@ -70,9 +70,8 @@ def test_block_mask__is_the_slow_one(grid: int, ratios: tuple[float, float], min
     low, high = ratios
     config = MaskingConfig(strategy="block", min_ratio=low, max_ratio=high, block_min_cells=min_cells)
     generator = rng(5)
-    counts = torch.randint(
-        *[n + i for i, n in enumerate(count_range(grid, config))], (60,), generator=generator
-    )
+    smallest, largest = count_range(grid, config)
+    counts = torch.randint(smallest, largest + 1, (60,), generator=generator)
     expected = [slow_block(count, grid, min_cells, generator) for count in counts.tolist()]
     masks = block_mask(60, grid, config, rng(5)).view(60, grid, grid)
     assert [{(int(y), int(x)) for y, x in mask.nonzero()} for mask in masks] == expected
