@@ -146,5 +146,7 @@ def test_full_disk_in_the_object_store__ends_the_job_and_says_where(
     assert "no space is left" in job.reason
 
 
-def test_service__goes_on_serving(embedded: Embedded) -> None:
-    assert list(embedded.client.jobs())
+def test_service__goes_on_serving_after_a_refusal(embedded: Embedded) -> None:
+    with pytest.raises(ApiError):
+        embedded.client.submit([_training(batchsize=3)])
+    assert embedded.client.validate([_vit()]).resolved
