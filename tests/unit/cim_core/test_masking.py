@@ -63,6 +63,7 @@ def slow_block(target: int, grid: int, min_cells: int, generator: torch.Generato
         (14, (0.51, 0.61), 16),
         (8, (0.1, 0.6), 4),
         (4, (0.2, 0.9), 1),
+        (3, (0.9, 0.9), 9),  # no block fits: one cell alone
         (2, (0, 1), 2),
     ],
 )
