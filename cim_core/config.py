@@ -13,6 +13,8 @@ from cim_core.errors import ConfigError
 
 Scalar = bool | int | float | str
 DALL_E = "dall-e"  # the official tokenizer, as a source
+# Of a training, free to differ between a run and its continuation: none of it moves a weight.
+FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "sample_every", "loader_workers"})
 
 # pydantic reads this attribute from plain dataclasses; the core itself does not know pydantic.
 _STRICT: dict[str, Any] = {"extra": "forbid"}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from cim_core.cim import CIM, build_cim
-from cim_core.config import ModelConfig, TokenizerConfig, TrainingConfig
+from cim_core.config import FREE_ON_RESUME, ModelConfig, TokenizerConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, Views
 from cim_core.data.index import scan
 from cim_core.data.loading import ImageLoader
@@ -39,8 +39,6 @@ OnStep = Callable[[StepReport], None]
 CPU = torch.device("cpu")
 
 _STEP = re.compile(r"step-(\d+)")
-# Free to differ between a run and its continuation: none of it moves a weight.
-_FREE = ("log_every", "checkpoint_every", "sample_every", "loader_workers")
 
 
 def train_tokenizer(
@@ -136,7 +134,7 @@ def _train(
     device: torch.device,
 ) -> None:
     training = with_precision(training, device)
-    kept = {key: value for key, value in asdict(training).items() if key not in _FREE}
+    kept = {key: value for key, value in asdict(training).items() if key not in FREE_ON_RESUME}
     keeper.settings |= {"training": kept, "num_images": len(dataset)}
     state = TrainState(model=model.train(), optimizer=build_optimizer(model, training))
     keeper.resume(state)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cim_core.config import TrainingConfig
+from cim_core.config import FREE_ON_RESUME, TrainingConfig
 from cim_core.data.index import Index, NoUsableImageError, scan
 from cim_core.durations import Plan, plan
 from cim_core.errors import DataError
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 REPORT = "data/report.json"
 MOST_HELD_OUT = 256
 HELD_OUT_SHARE = 20  # one image in so many
-
-# What may differ between an attempt and the checkpoint that it resumes: none of it moves a weight.
-_FREE = {"log_every", "checkpoint_every", "sample_every", "loader_workers"}
 
 
 def prepare(attempt: Attempt, store: JobStore, *, reporter: Reporter, go_on: Callable[[], None]) -> Work:
@@ -131,7 +128,7 @@ def fingerprint(work: Work) -> dict[str, Any]:
     spec = work.attempt.spec
     assert not isinstance(spec, EvaluateSpec), "nothing is resumed in an evaluation"
     resolved = spec.model_dump(mode="json")
-    training = {key: value for key, value in resolved["training"].items() if key not in _FREE}
+    training = {key: value for key, value in resolved["training"].items() if key not in FREE_ON_RESUME}
     return {
         "kind": spec.kind,
         "model": resolved["model"],

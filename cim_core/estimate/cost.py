@@ -29,17 +29,11 @@ from cim_core.estimate.memory import MemoryCost, step_memory
 from cim_core.masking import count_range
 from cim_core.objectives.base import Truth
 from cim_core.tokenizers.base import Tokenizer
+from cim_core.tokenizers.dalle import DalleConfig, dalle_on_meta
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.fake import FakeTokenizer
-from cim_core.tokenizers.network import Decoder, Layout
 
 TRAINED = 3  # a forward pass, and a backward pass of twice its cost: for inputs and for weights
-
-# The official tokenizer, github.com/openai/DALL-E; its decoder also gives a scale for each colour.
-DALL_E_SIZES = TokenizerConfig(
-    image_size=112, width=256, blocks_per_group=2, vocab_size=8192, code_dim=128, quantiser="relaxed"
-)
-_DALL_E_COLOURS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,12 +134,9 @@ def _frozen_tokenizer(source: TokenizerSource, sizes: TokenizerConfig | None) ->
     if source.source == FAKE_SOURCE:
         return FakeTokenizer()
     if source.source == DALL_E:
-        official = DiscreteVAE(DALL_E_SIZES, generator=torch.Generator())
-        layout = Layout(width=DALL_E_SIZES.width, stride=DALL_E_SIZES.stride, blocks_per_group=2)
-        official.decoder = Decoder(layout, code_dim=DALL_E_SIZES.code_dim, num_colours=_DALL_E_COLOURS)
-        return official
+        return dalle_on_meta(DalleConfig(), origin={})
     if sizes is None:
-        return FakeTokenizer(vocab_size=DALL_E_SIZES.vocab_size)
+        return FakeTokenizer(vocab_size=DalleConfig().vocab_size)
     return DiscreteVAE(sizes, generator=torch.Generator())
 
 
