@@ -37,8 +37,8 @@ class Reporter:
     """Collects what is new and posts it every `every_s` seconds.
 
     `give_up_after_s` without an answer ends the attempt: by then the service has started a new
-    one, or nobody would take the result anyway. `quiet_after_s` without a sign of life from the
-    training ends the posting: a job that hangs must not look alive to the service.
+    one, or nobody would take the result anyway. Each report says how long ago the training last
+    showed a sign of life: a job that hangs must not look alive to the service.
     """
 
     def __init__(
@@ -47,11 +47,10 @@ class Reporter:
         *,
         every_s: float = 1.0,
         give_up_after_s: float = 900.0,
-        quiet_after_s: float = 900.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._service, self._every_s = service, every_s
-        self._give_up_after_s, self._quiet_after_s, self._clock = give_up_after_s, quiet_after_s, clock
+        self._give_up_after_s, self._clock = give_up_after_s, clock
         self._lock, self._posting = threading.Lock(), threading.Lock()
         self._progress = Progress()
         self._points: deque[MetricPoint] = deque()
@@ -103,9 +102,9 @@ class Reporter:
             self._plan = plan
 
     @property
-    def looks_alive(self) -> bool:
-        """Whether the training has shown itself lately; without that nothing is posted."""
-        return self._clock() - self._last_life <= self._quiet_after_s
+    def idle_s(self) -> float:
+        """Seconds since the training last showed itself."""
+        return max(0.0, self._clock() - self._last_life)
 
     @property
     def step(self) -> int:
@@ -140,7 +139,9 @@ class Reporter:
             with self._lock:
                 points = [self._points[i] for i in range(min(POINTS_A_REPORT, len(self._points)))]
                 files, plan = list(self._files), self._plan
-                report = Report(progress=self._progress, metrics=points, files=files, plan=plan)
+                report = Report(
+                    progress=self._progress, metrics=points, files=files, plan=plan, idle_s=self.idle_s
+                )
             try:
                 self._note_answer(self._service.report(report, patience_s=0))
             except StaleAttempt as error:
@@ -178,8 +179,6 @@ class Reporter:
 
     def _run(self) -> None:
         while not self._ending.wait(self._pause_s()):
-            if not self.looks_alive:
-                continue
             try:
                 self.post()
             except AttemptStaleError:

@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from service.api import docs, errors
 from service.api.deps import Clock, Services, utc_now
 from service.api.limits import Limits
-from service.api.routes import attempts, details, health, jobs, recipes
+from service.api.routes import attempts, details, health, jobs, recipes, wishes
 from service.db.engine import Sessions
 from service.jobs.costs import ChildCosts, Costs
 from service.settings import Settings
@@ -57,7 +57,14 @@ def create_app(
         clock=clock,
         poll_s=poll_s,
     )
-    for router in (jobs.router, details.router, recipes.router, attempts.router, health.router):
+    for router in (
+        jobs.router,
+        wishes.router,
+        details.router,
+        recipes.router,
+        attempts.router,
+        health.router,
+    ):
         app.include_router(router)
     errors.install(app)
     docs.install(app)

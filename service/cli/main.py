@@ -9,7 +9,7 @@ What draws and what speaks HTTP is imported by the command that needs it: `cim -
 import importlib.util
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
 
     from service.client import Client
+    from service.contracts.jobs import JobView
 
 app = typer.Typer(
     cls=Commands,
@@ -264,13 +265,26 @@ def metrics(
 
 @app.command()
 def cancel(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
-    """End a job. Repeating it is harmless."""
-    with connect(url, data_dir) as client:
-        view = client.cancel(job)
-    if as_json:
-        print_json(view.model_dump(mode="json"))
-    else:
-        out.print(f"{view.id}  {view.name}  {view.state}, {view.desired} wanted", markup=False)
+    """End a job, with a checkpoint."""
+    _ask(lambda client: client.cancel(job), url, data_dir, as_json=as_json)
+
+
+@app.command()
+def pause(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
+    """Let a job save a checkpoint and give its workers back."""
+    _ask(lambda client: client.pause(job), url, data_dir, as_json=as_json)
+
+
+@app.command()
+def resume(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
+    """Queue a paused job again."""
+    _ask(lambda client: client.resume(job), url, data_dir, as_json=as_json)
+
+
+@app.command()
+def retry(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json = False) -> None:
+    """Queue a failed or cancelled job again, from its last checkpoint."""
+    _ask(lambda client: client.retry(job), url, data_dir, as_json=as_json)
 
 
 @app.command()
@@ -334,6 +348,15 @@ def _watch(client: "Client", refs: list[str], *, as_json: bool) -> NoReturn:
     if as_json:
         print_json(_dump(jobs))
     raise typer.Exit(status_of(jobs))
+
+
+def _ask(wish: Callable[["Client"], "JobView"], url: str | None, data_dir: Path, *, as_json: bool) -> None:
+    with connect(url, data_dir) as client:
+        view = wish(client)
+    if as_json:
+        print_json(view.model_dump(mode="json"))
+    else:
+        out.print(f"{view.id}  {view.name}  {view.state}, {view.desired} wanted", markup=False)
 
 
 @contextmanager

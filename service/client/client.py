@@ -138,6 +138,18 @@ class Client:
         """Ask for the job's end. Repeating it is harmless."""
         return parse(JobView, self._post(f"{_path(ref)}/cancel"))
 
+    def pause(self, ref: str) -> JobView:
+        """Let the job save a checkpoint and give its workers back. Repeating it is harmless."""
+        return parse(JobView, self._post(f"{_path(ref)}/pause"))
+
+    def resume(self, ref: str) -> JobView:
+        """Queue a paused job again. Repeating it is harmless."""
+        return parse(JobView, self._post(f"{_path(ref)}/resume"))
+
+    def retry(self, ref: str) -> JobView:
+        """Queue a failed or cancelled job again, from its last checkpoint. Repeating it is harmless."""
+        return parse(JobView, self._post(f"{_path(ref)}/retry"))
+
     def update(
         self,
         ref: str,

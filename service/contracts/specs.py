@@ -36,6 +36,14 @@ class Retries(Contract):
     max_attempts: int = Field(default=3, ge=1, le=100)
 
 
+class Limits(Contract):
+    """Where a job ends even if it is not done."""
+
+    runtime_hours: float | None = Field(
+        default=None, gt=0, le=100_000, description="Of all attempts together, without pauses."
+    )
+
+
 class Probe(Contract):
     """Labelled images (CLASS/FILE) for a k-NN probe while pre-training."""
 
@@ -52,6 +60,7 @@ class _Spec(Contract):
     labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict)
     resources: Resources = Resources()
     retries: Retries = Retries()
+    limits: Limits = Limits()
 
 
 class TokenizerSpec(_Spec):

@@ -44,6 +44,7 @@ class Report(Stored):
     metrics: list[MetricPoint] = Field(default_factory=list)
     files: list[FileEntry] = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
     plan: dict[str, Any] | None = None  # the durations in steps, once they are known
+    idle_s: float = Field(default=0.0, ge=0)  # since the training last showed a sign of life
 
 
 class ReportReply(Stored):

@@ -72,7 +72,7 @@ async def move(
     Raises:
         IllegalMoveError: the table does not know this move.
     """
-    lifecycle.check(seen.state, dst)
+    lifecycle.check(seen.state, dst, by_user=actor == "user")
     columns: dict[str, Any] = {"reason": message, **(values or {})}
     columns |= {"state": dst, "version": seen.version + 1, "updated_at": now}
     if dst in FINAL:

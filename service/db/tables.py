@@ -65,7 +65,8 @@ class JobRow(Base):
     resolved: Mapped[dict[str, Any]]  # with every default; references as job:ID
     inputs_wait: Mapped[list[str]]  # ids of the jobs that must succeed first
     attempt: Mapped[int] = mapped_column(default=0)  # the fence: a lower one may not write
-    max_attempts: Mapped[int]
+    max_attempts: Mapped[int]  # so many may fail
+    forgiven_attempts: Mapped[int] = mapped_column(default=0)  # up to this number, by the user's last retry
     not_before: Mapped[datetime | None]
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
@@ -92,6 +93,7 @@ class AttemptRow(Base):
     launched_at: Mapped[datetime | None]  # Ray took it
     last_report_at: Mapped[datetime | None]
     last_step: Mapped[int | None]
+    advanced_at: Mapped[datetime | None]  # the training last showed a sign of life
     stop_sent_at: Mapped[datetime | None]  # Ray was asked to end it
     ray_ended_at: Mapped[datetime | None]  # Ray was first seen to say that it ended
     ended_at: Mapped[datetime | None]

@@ -28,6 +28,7 @@ from service.dispatch.tracker import (
 Result = TypeVar("Result")
 JOB_TAG = "cim.job_id"
 _NOTE_TAG = "mlflow.note.content"
+_RUNNING = "RUNNING"
 _MAX_PARAMS = 100
 _FOR_EVER = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
 
@@ -64,6 +65,9 @@ class MlflowTracker:
         found = self._client.search_runs([experiment_id], wanted, ViewType.ALL, max_results=1)
         if found:
             run_id = str(found[0].info.run_id)
+            if found[0].info.status != _RUNNING:
+                # A job that its user tries again goes on in its run.
+                self._client.update_run(run_id, status=_RUNNING)
         else:
             tags = {**run.tags, JOB_TAG: run.job_id, _NOTE_TAG: run.description}
             made = self._client.create_run(experiment_id, _ms(run.started_at), tags, run.name)

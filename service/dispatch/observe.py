@@ -11,6 +11,7 @@ from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
 from service.db.engine import Sessions, only_reads
 from service.db.tables import AttemptRow, JobRow
+from service.db.usage import usage
 from service.domain.decide import Dependency, JobSeen
 from service.domain.names import submission_id
 from service.domain.queueing import Needs
@@ -26,6 +27,7 @@ class Observed:
     seen: moves.Seen
     job: JobSeen
     reason: str
+    num_failures: int  # of the attempts that count, so far
     max_attempts: int
 
     @property
@@ -44,14 +46,14 @@ class Leftover:
     over_since: datetime
 
 
-async def open_jobs(sessions: Sessions) -> list[Observed]:
-    """Every job that is not final, with its latest attempt and the jobs it needs."""
+async def open_jobs(sessions: Sessions, *, now: datetime) -> list[Observed]:
+    """Every job that is not final, with its attempts and the jobs it needs."""
     async with sessions.begin() as session:
         await only_reads(session)
         rows = await queries.jobs_in(session, _OPEN)
-        attempts = await _latest_attempts(session, rows)
+        attempts = await _attempts(session, rows)
         needed = await queries.jobs_by_id(session, {i for row in rows for i in row.inputs_wait})
-    return [_observed(row, attempts.get(row.id), needed) for row in rows]
+    return [_observed(row, attempts.get(row.id, []), needed, now=now) for row in rows]
 
 
 async def leftovers(sessions: Sessions) -> list[Leftover]:
@@ -78,15 +80,20 @@ async def leftovers(sessions: Sessions) -> list[Leftover]:
     ]
 
 
-async def _latest_attempts(session: AsyncSession, rows: Sequence[JobRow]) -> dict[str, AttemptRow]:
+async def _attempts(session: AsyncSession, rows: Sequence[JobRow]) -> dict[str, list[AttemptRow]]:
+    """The attempts of each job that has any, in order."""
     started = [row.id for row in rows if row.attempt > 0]
-    if not started:
-        return {}
-    # In order of their numbers, so the last of each job stays.
-    return {attempt.job_id: attempt for attempt in await queries.attempts(session, started)}
+    of: dict[str, list[AttemptRow]] = {}
+    for attempt in await queries.attempts(session, started) if started else []:
+        of.setdefault(attempt.job_id, []).append(attempt)
+    return of
 
 
-def _observed(row: JobRow, attempt: AttemptRow | None, needed: Mapping[str, JobRow]) -> Observed:
+def _observed(
+    row: JobRow, attempts: Sequence[AttemptRow], needed: Mapping[str, JobRow], *, now: datetime
+) -> Observed:
+    attempt = attempts[-1] if attempts else None
+    used = usage(row, attempts, now=now)
     job = JobSeen(
         id=row.id,
         state=row.state,
@@ -98,10 +105,19 @@ def _observed(row: JobRow, attempt: AttemptRow | None, needed: Mapping[str, JobR
         since=_since(row, attempt),
         retry_at=row.not_before,
         reported_at=attempt.last_report_at if attempt else None,
+        advanced_at=attempt.advanced_at if attempt else None,
+        runtime_s=used.runtime_s,
+        runtime_limit_s=used.runtime_limit_s,
         submitted=attempt is not None and attempt.launched_at is not None,
         dependencies=tuple(_dependency(i, needed.get(i)) for i in row.inputs_wait),
     )
-    return Observed(seen=moves.seen(row), job=job, reason=row.reason, max_attempts=row.max_attempts)
+    return Observed(
+        seen=moves.seen(row),
+        job=job,
+        reason=row.reason,
+        num_failures=used.num_failures,
+        max_attempts=row.max_attempts,
+    )
 
 
 def _since(row: JobRow, attempt: AttemptRow | None) -> datetime:

@@ -78,7 +78,7 @@ class Reconciler:
 
     async def run_once(self) -> None:
         """Do for every open job the next thing that it needs."""
-        jobs = await observe.open_jobs(self._sessions)
+        jobs = await observe.open_jobs(self._sessions, now=self._clock())
         sights = await self._look(jobs)
         now = self._clock()
         admissions = await self._admissions(
@@ -98,7 +98,9 @@ class Reconciler:
         asking = asyncio.Semaphore(_ASKED_AT_ONCE)
 
         async def look(observed: Observed) -> Sight:
-            if observed.job.state not in HOLDS_WORKERS | {JobState.RETRYING}:
+            # One that was paused or retried by its user may still have an earlier attempt that ends.
+            queued_again = observed.job.state is JobState.QUEUED and observed.job.attempt > 0
+            if not queued_again and observed.job.state not in HOLDS_WORKERS | {JobState.RETRYING}:
                 return Sight()
             async with asking:
                 return await self._sight(observed.submission_id)

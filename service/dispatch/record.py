@@ -78,13 +78,13 @@ async def lost(
     sessions: Sessions, observed: Observed, decided: Lost, *, backoff: retry.Backoff, now: datetime
 ) -> bool:
     """End the attempt as failed, and let the retry rule say what becomes of its job."""
-    verdict = retry.decide(
-        decided.kind,
-        decided.message,
+    failed = retry.Failed(
+        job_id=observed.job.id,
         attempt=observed.job.attempt,
+        num_failures=observed.num_failures + 1,
         max_attempts=observed.max_attempts,
-        backoff=backoff,
     )
+    verdict = retry.decide(decided.kind, decided.message, failed, backoff=backoff)
     values: dict[str, Any] = {"failure_kind": decided.kind}
     if verdict.retry:
         values["not_before"] = now + timedelta(seconds=verdict.delay_s)

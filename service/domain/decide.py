@@ -75,6 +75,9 @@ class JobSeen:
     since: datetime  # when it entered its state
     retry_at: datetime | None = None
     reported_at: datetime | None = None  # the present attempt's last word
+    advanced_at: datetime | None = None  # its training's last sign of life
+    runtime_s: float = 0.0  # how long all attempts that count have held workers
+    runtime_limit_s: float | None = None
     submitted: bool = False  # the present attempt is known to have reached the cluster
     dependencies: tuple[Dependency, ...] = ()
 
@@ -141,7 +144,7 @@ def ready(job: JobSeen, sight: Sight, *, now: datetime) -> bool:
     if job.desired is not Desired.RUN:
         return False
     if job.state is S.QUEUED:
-        return all(d.state is S.SUCCEEDED for d in job.dependencies)
+        return sight.gone and all(d.state is S.SUCCEEDED for d in job.dependencies)
     return job.state is S.RETRYING and _due(job, now) and sight.gone
 
 
@@ -149,7 +152,7 @@ def decide(job: JobSeen, sight: Sight, *, admission: str | None, now: datetime, 
     """The next thing to do. `admission` is None where a ready job may start, else why it waits."""
     match job.state:
         case S.QUEUED:
-            return _waiting_to_start(job, admission)
+            return _waiting_to_start(job, sight, admission, now, limits)
         case S.RETRYING:
             return _retrying(job, sight, admission, now)
         case S.PAUSED:
@@ -164,16 +167,27 @@ def decide(job: JobSeen, sight: Sight, *, admission: str | None, now: datetime, 
             return Keep()
 
 
-def _waiting_to_start(job: JobSeen, admission: str | None) -> Decision:
-    if wish := _unwanted(job):
-        return wish
+def _waiting_to_start(
+    job: JobSeen, sight: Sight, admission: str | None, now: datetime, limits: Limits
+) -> Decision:
+    if end := _unwanted(job) or _over_limit(job, S.FAILED):
+        return end
     for needed in job.dependencies:
         if needed.state in FINAL and needed.state is not S.SUCCEEDED:
             return Change(dst=S.FAILED, reason=_broken(needed), failure_kind=FailureKind.USER)
     for needed in job.dependencies:
         if needed.state is not S.SUCCEEDED:
             return Keep(reason=f"waiting for job {needed.job_id} ({needed.name})")
+    if not sight.gone:
+        return _earlier_attempt(job, sight, now, limits)
     return Launch() if admission is None else Keep(reason=admission)
+
+
+def _earlier_attempt(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
+    """A job that was paused or ended goes on: what it ran before must be gone, by itself or by force."""
+    if sight.known and (now - job.since).total_seconds() >= limits.stop_grace_s:
+        return ForceStop()
+    return Keep(reason=f"waiting for attempt {job.attempt} to end")
 
 
 def _broken(needed: Dependency) -> str:
@@ -183,8 +197,8 @@ def _broken(needed: Dependency) -> str:
 
 
 def _retrying(job: JobSeen, sight: Sight, admission: str | None, now: datetime) -> Decision:
-    if wish := _unwanted(job):
-        return wish
+    if end := _unwanted(job) or _over_limit(job, S.FAILED):
+        return end
     if not sight.known:
         return Keep()
     if not sight.gone:
@@ -212,8 +226,8 @@ def _paused(job: JobSeen) -> Decision:
 
 
 def _launching(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
-    if job.desired is not Desired.RUN:
-        return _begin_stop(job)
+    if stop := _stop(job):
+        return stop
     if not sight.known:
         return Keep()
     if sight.job is None and not job.submitted:
@@ -227,8 +241,8 @@ def _launching(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Dec
 
 
 def _running(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
-    if job.desired is not Desired.RUN:
-        return _begin_stop(job)
+    if stop := _stop(job):
+        return stop
     if not sight.known:
         return Keep()
     if sight.gone:
@@ -237,12 +251,37 @@ def _running(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decis
     if silent_s >= limits.stall_after_s:
         told = f"the worker has not reported for {silent_s:.0f} s although Ray says that it runs"
         return Lost(kind=FailureKind.STALLED, message=told)
+    idle_s = (now - (job.advanced_at or job.since)).total_seconds()
+    if idle_s >= limits.stall_after_s:
+        told = f"the worker reports, but its training has shown no sign of life for {idle_s:.0f} s"
+        return Lost(kind=FailureKind.STALLED, message=told)
     return Keep()
 
 
-def _begin_stop(job: JobSeen) -> Change:
+def _stop(job: JobSeen) -> Change | None:
+    """The move of a job that holds workers and should not."""
+    if job.desired is Desired.RUN:
+        return _over_limit(job, S.STOPPING)
     wish = "cancel" if job.desired is Desired.CANCEL else "pause"
     return Change(dst=S.STOPPING, reason=f"{wish} requested, the workers are stopping")
+
+
+def _over_limit(job: JobSeen, dst: S) -> Change | None:
+    """The move of a job that has used up its time."""
+    if job.runtime_limit_s is None or job.runtime_s < job.runtime_limit_s:
+        return None
+    told = over_runtime(job.runtime_limit_s)
+    if dst is S.STOPPING:
+        return Change(dst=dst, reason=f"{told}; the workers save a checkpoint and stop")
+    return Change(dst=dst, reason=told, failure_kind=FailureKind.USER)
+
+
+def over_runtime(limit_s: float) -> str:
+    """What a job says whose time is used up."""
+    return (
+        f"limits.runtime_hours: its {limit_s / 3600:g} h are used up; `cim retry` goes on from the last "
+        "checkpoint with as many again"
+    )
 
 
 def _gone(sight: Sight, limits: Limits) -> Decision:
@@ -263,14 +302,21 @@ def _stopping(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Deci
     if not sight.known:
         return Keep()
     if sight.gone:
-        cancelled = job.desired is Desired.CANCEL
-        wish = "cancelled" if cancelled else "paused"
-        return Change(dst=S.CANCELLED if cancelled else S.PAUSED, reason=f"{wish} on request")
+        return _stopped(job)
     # A worker that never reported has nothing to save.
     waited_s = (now - job.since).total_seconds()
     if job.reported_at is None or waited_s >= limits.stop_grace_s:
         return ForceStop()
     return Keep()
+
+
+def _stopped(job: JobSeen) -> Change:
+    if job.desired is Desired.CANCEL:
+        return Change(dst=S.CANCELLED, reason="cancelled on request")
+    if job.desired is Desired.RUN and (end := _over_limit(job, S.FAILED)):
+        return end
+    # A wish to go on that came too late for the stop is heard by the next pass.
+    return Change(dst=S.PAUSED, reason="paused on request")
 
 
 def _due(job: JobSeen, now: datetime) -> bool:

@@ -1,7 +1,8 @@
 """The life of a job: every legal move, in one table. `docs/lifecycle.md` is drawn from it.
 
 What the user wants (run, pause, cancel) is a column of its own. A job that holds no workers is
-cancelled at once; one that does is `stopping` until the workers are known to be gone.
+cancelled at once; one that does is `stopping` until the workers are known to be gone. A final
+state stays, unless the user himself asks for another try of a job that did not succeed.
 """
 
 from collections.abc import Mapping
@@ -21,19 +22,21 @@ MOVES: Mapping[S, frozenset[S]] = MappingProxyType(
         S.PAUSED: frozenset({S.QUEUED, S.CANCELLED}),
         S.RETRYING: frozenset({S.LAUNCHING, S.PAUSED, S.FAILED, S.CANCELLED}),
         S.SUCCEEDED: frozenset(),
-        S.FAILED: frozenset(),
-        S.CANCELLED: frozenset(),
+        S.FAILED: frozenset({S.QUEUED}),
+        S.CANCELLED: frozenset({S.QUEUED}),
     }
 )
 
 HOLDS_WORKERS = frozenset({S.LAUNCHING, S.RUNNING, S.STOPPING})
 
 
-def check(src: S, dst: S) -> None:
-    """Raise `IllegalMoveError` unless a job in `src` may go to `dst`."""
+def check(src: S, dst: S, *, by_user: bool = False) -> None:
+    """Raise `IllegalMoveError` unless a job in `src` may go to `dst`; a final one only `by_user`."""
+    if src in FINAL and not by_user:
+        raise IllegalMoveError(f"a {src} job cannot become {dst}: it is final for all but its user")
     if dst not in MOVES[src]:
         allowed = ", ".join(sorted(MOVES[src])) or "nothing, it is final"
         raise IllegalMoveError(f"a {src} job cannot become {dst}; from {src} it can become: {allowed}")
 
 
-assert frozenset(s for s, moves in MOVES.items() if not moves) == FINAL
+assert all(MOVES[state] <= {S.QUEUED} for state in FINAL)

@@ -11,10 +11,12 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import Desired, FailureKind, FileEntry, JobState, MetricPoint
 from service.contracts.work import Failure, Finish
-from service.db import moves
+from service.db import moves, queries
 from service.db.engine import Sessions
 from service.db.tables import AttemptRow, JobRow
+from service.db.usage import Usage, usage
 from service.domain import retry
+from service.domain.decide import over_runtime
 from service.errors import BrokenManifestError, ConflictError
 from service.jobs.work import check_files, current, locked, record
 from service.store.base import ObjectStore
@@ -58,19 +60,23 @@ async def finish(
         await _end(session, job, attempt, told, files=files, backoff=backoff, now=now)
 
 
-def end_of(job: JobRow, told: Finish, *, backoff: retry.Backoff, now: datetime) -> End:
-    """What becomes of a job whose attempt ends like this."""
+def end_of(job: JobRow, told: Finish, used: Usage, *, backoff: retry.Backoff, now: datetime) -> End:
+    """What becomes of a job whose attempt ends like this; `used` is without that attempt's own failure."""
     if told.outcome == "succeeded":
         return _succeeded(told)
     if job.desired is Desired.CANCEL:
         return End(state=JobState.CANCELLED, message=f"cancelled by the user at step {told.step}")
-    failure = failure_of(told)
     pausing = job.desired is Desired.PAUSE
-    if pausing and told.outcome == "stopped":
-        return End(state=JobState.PAUSED, message=f"paused by the user at step {told.step}")
-    verdict = retry.decide(
-        failure.kind, failure.message, attempt=job.attempt, max_attempts=job.max_attempts, backoff=backoff
+    if told.outcome == "stopped" and job.state is JobState.STOPPING:
+        return _stopped(told, used, pausing=pausing)
+    failure = failure_of(told)
+    failed = retry.Failed(
+        job_id=job.id,
+        attempt=job.attempt,
+        num_failures=used.num_failures + 1,
+        max_attempts=job.max_attempts,
     )
+    verdict = retry.decide(failure.kind, failure.message, failed, backoff=backoff)
     values: dict[str, Any] = {"failure_kind": failure.kind}
     if not verdict.retry:
         return End(state=JobState.FAILED, message=verdict.reason, values=values)
@@ -78,6 +84,15 @@ def end_of(job: JobRow, told: Finish, *, backoff: retry.Backoff, now: datetime) 
         return End(state=JobState.PAUSED, message=f"paused after: {failure.message}", values=values)
     values["not_before"] = now + timedelta(seconds=verdict.delay_s)
     return End(state=JobState.RETRYING, message=verdict.reason, values=values)
+
+
+def _stopped(told: Finish, used: Usage, *, pausing: bool) -> End:
+    """Somebody here asked for it: the user, or the spec's own limit."""
+    if pausing or not used.over_runtime:
+        return End(state=JobState.PAUSED, message=f"paused by the user at step {told.step}")
+    assert used.runtime_limit_s is not None
+    message = f"stopped at step {told.step}; {over_runtime(used.runtime_limit_s)}"
+    return End(state=JobState.FAILED, message=message, values={"failure_kind": FailureKind.USER})
 
 
 def failure_of(told: Finish) -> Failure:
@@ -139,10 +154,12 @@ async def _end(
     backoff: retry.Backoff,
     now: datetime,
 ) -> None:
-    end = end_of(job, told, backoff=backoff, now=now)
+    used = usage(job, await queries.attempts(session, [job.id]), now=now)
+    end = end_of(job, told, used, backoff=backoff, now=now)
     attempt.ended_at, attempt.last_report_at = now, now
     attempt.outcome, attempt.last_step = told.outcome, told.step
-    if told.outcome == "failed":
+    preempted = told.outcome == "stopped" and job.state is not JobState.STOPPING
+    if told.outcome == "failed" or preempted:
         failure = failure_of(told)
         attempt.failure_kind, attempt.message = failure.kind, failure.message
     job.progress = {**job.progress, "step": told.step, "eta_s": None, "message": ""}

@@ -8,7 +8,7 @@ between the two.
 import asyncio
 import math
 from collections.abc import Iterable, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -52,13 +52,15 @@ async def report(
         message = f"attempt {number} is running"
         await moves.move(session, moves.seen(job), JobState.RUNNING, actor="worker", message=message, now=now)
     attempt.last_report_at = now
+    attempt.advanced_at = now - timedelta(seconds=told.idle_s)
     attempt.last_step = told.progress.step
     job.progress = _storable(told.progress)
     job.updated_at = now
     if told.plan is not None:
         job.resolved = {**job.resolved, "plan": told.plan}
     await record(session, job, number, told.metrics, told.files, now=now)
-    return ReportReply(directive="continue" if job.desired is Desired.RUN else "stop")
+    goes_on = job.desired is Desired.RUN and job.state is not JobState.STOPPING
+    return ReportReply(directive="continue" if goes_on else "stop")
 
 
 async def commit_checkpoint(

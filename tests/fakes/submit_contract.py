@@ -1,4 +1,4 @@
-"""What submitting, listing and cancelling must do on every database."""
+"""What submitting and listing must do on every database."""
 
 import asyncio
 from datetime import timedelta
@@ -200,51 +200,3 @@ class ListContract:
         for wanted in ({"state": "succeeded"}, {"priority": 101}, {"labels": {"a": "b\x00"}}):
             answer = await world.client.patch("/v1/jobs/tok", json=wanted)
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), wanted
-
-
-class CancelContract:
-    async def test_cancel__a_waiting_job_at_once(self, world: World) -> None:
-        await world.submit(world.tokenizer())
-        answer = await world.client.post("/v1/jobs/tok/cancel")
-        assert answer.status_code == 202
-        job = answer.json()
-        assert (job["state"], job["desired"]) == ("cancelled", "cancel")
-        assert job["finished_at"] is not None
-
-    async def test_cancel__a_running_job_is_asked_to_stop(self, world: World) -> None:
-        job = (await world.submit(world.tokenizer()))[0]
-        await world.launch(job["id"])
-        await world.report(job["id"], 1)
-        answer = await world.client.post("/v1/jobs/tok/cancel")
-        assert (answer.status_code, answer.json()["state"]) == (202, "stopping")
-        assert (await world.report(job["id"], 1)).json() == {"directive": "stop"}
-
-    async def test_cancel__a_retrying_job_at_once(self, world: World) -> None:
-        job = (await world.submit(world.tokenizer()))[0]
-        await world.launch(job["id"])
-        await world.put(job["id"], JobState.RETRYING)
-        assert (await world.client.post("/v1/jobs/tok/cancel")).json()["state"] == "cancelled"
-
-    async def test_cancel__a_stop_for_a_pause_becomes_one_for_good(self, world: World) -> None:
-        job = (await world.submit(world.tokenizer()))[0]
-        await world.launch(job["id"])
-        await world.put(job["id"], JobState.STOPPING, desired="pause")
-        answer = (await world.client.post("/v1/jobs/tok/cancel")).json()
-        assert (answer["state"], answer["desired"]) == ("stopping", "cancel")
-
-    @pytest.mark.parametrize("turns", [2, 3])
-    async def test_cancel__repeating_changes_nothing(self, world: World, turns: int) -> None:
-        job = (await world.submit(world.tokenizer()))[0]
-        answers = [await world.client.post("/v1/jobs/tok/cancel") for _ in range(turns)]
-        assert {answer.status_code for answer in answers} == {202}
-        assert (await world.row(job["id"])).version == 1
-
-    async def test_cancel__a_final_job_stays_what_it_is(self, world: World) -> None:
-        job = (await world.submit(world.tokenizer()))[0]
-        await world.put(job["id"], JobState.FAILED)
-        answer = await world.client.post("/v1/jobs/tok/cancel")
-        assert (answer.status_code, answer.json()["state"], answer.json()["desired"]) == (
-            202,
-            "failed",
-            "run",
-        )

@@ -44,7 +44,7 @@ class FakeTracker:
     async def ensure_run(self, run: NewRun) -> str:
         self._check()
         run_id = f"run-{run.job_id}"
-        self.runs.setdefault(run_id, FakeRun(run, description=run.description))
+        self.runs.setdefault(run_id, FakeRun(run, description=run.description)).outcome = None
         self._reply()
         return run_id
 

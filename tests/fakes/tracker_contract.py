@@ -95,6 +95,15 @@ class TrackerContract:
             await tracker.close(run_id, outcome, ended_at=AT, description="**last**")
         assert record.status(run_id) == (outcome, "**last**")
 
+    async def test_ensure_run__opens_the_run_of_a_job_that_goes_on(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run = new_run()
+        run_id = await tracker.ensure_run(run)
+        await tracker.close(run_id, Outcome.FAILED, ended_at=AT, description="**last**")
+        assert await tracker.ensure_run(run) == run_id
+        assert record.status(run_id)[0] == "RUNNING"
+
     async def test_deleted_run__is_refused_for_ever(self, tracker: Tracker, record: Record) -> None:
         run_id = await tracker.ensure_run(new_run())
         record.delete(run_id)

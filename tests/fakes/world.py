@@ -148,6 +148,11 @@ class World:
         """Report as a worker."""
         return await self.tell(job_id, attempt, "report", {"progress": {"step": step}, **more})
 
+    async def finish(self, job_id: str, attempt: int, **told: Any) -> None:
+        """End an attempt as its worker; that must be accepted."""
+        answer = await self.tell(job_id, attempt, "finish", told)
+        assert answer.status_code < 300, answer.text
+
     def file(self, job_id: str, path: str, data: bytes = b"content") -> Document:
         """Store a file and return its line of a manifest."""
         self.store.put_bytes(f"{job_prefix(job_id)}/{path}", data)

@@ -12,7 +12,8 @@ from service.contracts.jobs import JobState as S
 from service.db.moves import Seen
 from service.db.upgrade import upgrade
 from tests.fakes.moves_contract import MovesContract, moved
-from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
+from tests.fakes.submit_contract import ListContract, SubmitContract
+from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
 from tests.fakes.world import World
 
@@ -51,7 +52,7 @@ class TestSubmit(SubmitContract): ...
 class TestList(ListContract): ...
 
 
-class TestCancel(CancelContract): ...
+class TestWishes(WishContract): ...
 
 
 class TestMoves(MovesContract): ...

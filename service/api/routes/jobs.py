@@ -12,7 +12,6 @@ from service.contracts.jobs import JobPage, JobState, JobView, Validation
 from service.contracts.problems import FieldProblem, Problem
 from service.contracts.specs import Spec
 from service.errors import InvalidSpecError
-from service.jobs import cancel as cancelling
 from service.jobs import change as changing
 from service.jobs import listing, references
 from service.jobs import submit as submitting
@@ -120,16 +119,6 @@ async def list_jobs(
 async def show_job(ref: Ref, session: ReadSession, app: App) -> JobView:
     """Everything about one job: state and reason, progress, latest metrics, attempts, both specs."""
     row = await references.find(session, ref)
-    return await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
-
-
-@router.post("/{ref}/cancel", status_code=status.HTTP_202_ACCEPTED, summary="Cancel a job", responses=UNKNOWN)
-async def cancel_job(ref: Ref, session: Session, app: App) -> JobView:
-    """A waiting job is cancelled at once; a running one saves a checkpoint and stops.
-
-    Repeating it, or cancelling a job that is over, changes nothing.
-    """
-    row = await cancelling.cancel(session, ref, now=app.clock())
     return await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
 
 

@@ -1,7 +1,8 @@
 """The contracts of the API on SQLite; tests/integration/test_postgres.py runs them on PostgreSQL."""
 
 from tests.fakes.moves_contract import MovesContract
-from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
+from tests.fakes.submit_contract import ListContract, SubmitContract
+from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
 
 
@@ -11,7 +12,7 @@ class TestSubmit(SubmitContract): ...
 class TestList(ListContract): ...
 
 
-class TestCancel(CancelContract): ...
+class TestWishes(WishContract): ...
 
 
 class TestMoves(MovesContract): ...

@@ -189,6 +189,10 @@ JOBS = st.builds(
     reported_at=st.none() | st.integers(0, 1000).map(ago),
     retry_at=st.none() | st.integers(-100, 100).map(ago),
     submitted=st.booleans(),
+    attempt=st.integers(0, 2),
+    advanced_at=st.none() | st.integers(0, 1000).map(ago),
+    runtime_s=st.integers(0, 100),
+    runtime_limit_s=st.none() | st.integers(1, 100),
     dependencies=st.lists(st.sampled_from(S).map(needs), max_size=2).map(tuple),
 )
 
@@ -208,3 +212,46 @@ def test_decide__every_change_is_legal_and_final_jobs_stay(
         lifecycle.check(job.state, S.RETRYING)
     if job.state in FINAL:
         assert decision == Keep()
+
+
+def test_running__a_training_without_a_sign_of_life_is_stalled_although_it_reports() -> None:
+    job = seen(S.RUNNING, reported_at=ago(1), advanced_at=ago(59))
+    assert decided(job, RUNS) == Keep()
+    lost = decided(replace(job, advanced_at=ago(60)), RUNS)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.STALLED
+    assert "no sign of life for 60 s" in lost.message
+
+
+@pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING])
+def test_runtime__a_job_that_used_up_its_time_stops_with_a_checkpoint_and_fails(state: S) -> None:
+    job = seen(state, reported_at=ago(1), runtime_s=7199, runtime_limit_s=7200)
+    assert not isinstance(decided(job, RUNS), Change)
+    stop = decided(replace(job, runtime_s=7200), RUNS)
+    assert isinstance(stop, Change)
+    assert stop.dst is S.STOPPING
+    end = decided(seen(S.STOPPING, runtime_s=7200, runtime_limit_s=7200), FAILED)
+    assert isinstance(end, Change)
+    assert (end.dst, end.failure_kind) == (S.FAILED, FailureKind.USER)
+    assert end.reason.startswith("limits.runtime_hours: its 2 h are used up; `cim retry`")
+
+
+@pytest.mark.parametrize("state", [S.QUEUED, S.RETRYING])
+def test_runtime__no_further_attempt_begins_without_time(state: S) -> None:
+    end = decided(seen(state, attempt=1, runtime_s=7200, runtime_limit_s=7200), FAILED)
+    assert isinstance(end, Change)
+    assert (end.dst, end.failure_kind) == (S.FAILED, FailureKind.USER)
+
+
+def test_queued_again__waits_for_the_earlier_attempt_and_ends_it_by_force() -> None:
+    job = seen(S.QUEUED, attempt=1, since=ago(19))
+    assert not ready(job, RUNS, now=NOW)
+    assert decided(job, RUNS) == Keep(reason="waiting for attempt 1 to end")
+    assert decided(replace(job, since=ago(20)), RUNS) == ForceStop()
+    assert decided(replace(job, since=ago(20)), AWAY) == Keep(reason="waiting for attempt 1 to end")
+    assert decided(job, FAILED) == Launch()
+
+
+def test_stopping__a_wish_to_go_on_that_came_too_late_pauses_first() -> None:
+    assert decided(seen(S.STOPPING, attempt=1), FAILED) == Change(dst=S.PAUSED, reason="paused on request")
+    assert decided(seen(S.PAUSED, attempt=1)) == Change(dst=S.QUEUED, reason="resumed on request")

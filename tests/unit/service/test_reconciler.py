@@ -14,8 +14,9 @@ from service.db.tables import JobRow
 from service.dispatch import record
 from service.domain.decide import ClusterState
 from service.domain.names import submission_id
+from service.domain.wishes import Verb
 from service.errors import StaleAttemptError
-from service.jobs.cancel import cancel
+from service.jobs.wishes import ask
 from tests.fakes.control_plane import RULES, ControlPlane, control_plane
 from tests.fakes.launcher import CrashError, FakeLauncher
 
@@ -28,7 +29,7 @@ async def plane(tmp_path: Path) -> AsyncIterator[ControlPlane]:
 
 async def ask_cancel(plane: ControlPlane, job_id: str) -> None:
     async with plane.sessions.begin() as session:
-        await cancel(session, job_id, now=plane.now)
+        await ask(session, job_id, Verb.CANCEL, now=plane.now)
 
 
 async def running(plane: ControlPlane, **changes: Any) -> str:
@@ -123,7 +124,7 @@ async def test_lost_driver__the_last_attempt_fails_the_job(plane: ControlPlane) 
         plane.advance(6)
     job = await plane.job(job_id)
     assert job.state is S.FAILED
-    assert "attempt 1 of 1 failed (infrastructure)" in job.reason
+    assert "attempt 1 failed (infrastructure), failure 1 of 1, no attempt is left" in job.reason
     assert "no longer knows" in job.reason
 
 

@@ -152,12 +152,16 @@ def test_thread__posts_by_itself_until_closed(work: FakeWork) -> None:
     assert len(work.reports) == seen
 
 
-def test_looks_alive__not_when_the_training_has_been_silent(work: FakeWork, clock: Clock) -> None:
-    reporter = Reporter(work, quiet_after_s=60, clock=clock)
+def test_report__says_how_long_the_training_has_been_silent(work: FakeWork, clock: Clock) -> None:
+    reporter = Reporter(work, clock=clock)
     clock.now = 61
-    assert not reporter.looks_alive
+    reporter.post()
     reporter.alive()
-    assert reporter.looks_alive
+    clock.now = 63
+    reporter.post()
+    reporter.progress(Progress(step=1))
+    reporter.post()
+    assert [report.idle_s for report in work.reports] == [61, 2, 0]
 
 
 def test_insistently__repeats_a_conflict_and_nothing_else() -> None:

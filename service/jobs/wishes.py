@@ -1,0 +1,69 @@
+"""What the user wants of a job: that it ends, pauses, goes on, or is tried again."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db import moves
+from service.db.tables import JobRow
+from service.domain.wishes import Verb, Wish, wish
+from service.errors import ConflictError
+from service.jobs.references import find
+
+_TRIES = 5
+# What a job that ended must forget when its user lets it run again.
+_REOPENED = {"finished_at": None, "failure_kind": None, "result": None, "not_before": None}
+# Its MLflow run is looked up and opened again by the forwarder.
+_UNRECORDED = {"mlflow_run_id": None, "mlflow_closed": False}
+
+
+async def ask(session: AsyncSession, ref: str, verb: Verb, *, now: datetime) -> JobRow:
+    """Carry out `verb`: at once where the job holds no workers, else by way of the wish.
+
+    Repeating it changes nothing.
+
+    Raises:
+        IllegalMoveError: the verb does not fit the job's state.
+        ConflictError: the job moved each time this looked.
+    """
+    row = await find(session, ref)
+    for _ in range(_TRIES):
+        wanted = wish(verb, row.state, row.desired)
+        if wanted is None or (wanted.now and row.not_before is None):
+            return row
+        changed = await _write(session, row, wanted, now=now)
+        await session.refresh(row)
+        if changed:
+            return row
+    raise ConflictError(f"job {row.id} kept moving; ask again")
+
+
+async def _write(session: AsyncSession, row: JobRow, wanted: Wish, *, now: datetime) -> bool:
+    values: dict[str, Any] = {"desired": wanted.desired, "desired_at": now}
+    if wanted.fresh:
+        values |= {**_REOPENED, **_UNRECORDED, "forgiven_attempts": row.attempt}
+    if wanted.now:
+        values["not_before"] = None
+    if wanted.dst is not None:
+        return await moves.move(
+            session,
+            moves.seen(row),
+            wanted.dst,
+            actor="user",
+            message=wanted.message,
+            now=now,
+            values=values,
+        )
+    told = await session.scalar(
+        update(JobRow)
+        .where(JobRow.id == row.id, JobRow.version == row.version)
+        .values(**values, updated_at=now)
+        .returning(JobRow.id)
+        .execution_options(synchronize_session=False)
+    )
+    if told is None:
+        return False
+    moves.note(session, row.id, actor="user", message=wanted.message, now=now)
+    return True
