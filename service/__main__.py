@@ -9,10 +9,10 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from service.dispatch.tracker import Tracker
@@ -52,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     up.add_argument("--json", action="store_true", help="one line of JSON on stdout when ready")
     commands.add_parser("api", help="the REST interface, from CIM_... settings")
     commands.add_parser("dispatcher", help="the reconcile loop, from CIM_... settings")
-    commands.add_parser("migrate", help="bring the database to the present schema")
+    migrate = commands.add_parser("migrate", help="bring the database to the present schema")
+    migrate.add_argument("--data-dir", type=Path, help="that of `cim up`; else CIM_DATABASE_URL")
     return parser
 
 
@@ -65,6 +66,7 @@ def _port(text: str) -> int:
 
 def _up(given: argparse.Namespace) -> int:
     from service.data_folder import FolderTakenError
+    from service.db.upgrade import SchemaError
     from service.embedded import UpError, UpOptions, up
     from service.serving import serve_both
 
@@ -79,9 +81,8 @@ def _up(given: argparse.Namespace) -> int:
     )
     try:
         asyncio.run(up(options, environ=os.environ, serve=serve))
-    except (UpError, FolderTakenError) as error:
-        print(f"cim up: {error}", file=sys.stderr)  # noqa: T201
-        return 1
+    except (UpError, FolderTakenError, SchemaError) as error:
+        return _failed(error, command="cim up")
     return 0
 
 
@@ -90,8 +91,7 @@ def _api(_: argparse.Namespace) -> int:
     from service.settings import from_environment
 
     _log_to_stderr()
-    asyncio.run(serve_api(from_environment()))
-    return 0
+    return _until_schema_fault(serve_api(from_environment()))
 
 
 def _dispatcher(_: argparse.Namespace) -> int:
@@ -99,17 +99,43 @@ def _dispatcher(_: argparse.Namespace) -> int:
     from service.settings import from_environment
 
     _log_to_stderr()
-    asyncio.run(serve_dispatcher(from_environment(), open_tracker=_open_tracker))
+    return _until_schema_fault(serve_dispatcher(from_environment(), open_tracker=_open_tracker))
+
+
+def _until_schema_fault(server: Coroutine[Any, Any, None]) -> int:
+    from service.db.upgrade import SchemaError
+
+    try:
+        asyncio.run(server)
+    except SchemaError as error:
+        return _failed(error)
     return 0
 
 
-def _migrate(_: argparse.Namespace) -> int:
-    from service.db.upgrade import upgrade
-    from service.settings import from_environment
+def _migrate(given: argparse.Namespace) -> int:
+    from service.data_folder import DataFolder, FolderTakenError
+    from service.db.upgrade import SchemaError, upgrade
 
     _log_to_stderr()
-    upgrade(from_environment().database_url)
+    try:
+        if given.data_dir is None:
+            upgrade(os.environ["CIM_DATABASE_URL"])
+            return 0
+        folder = DataFolder(path=given.data_dir.expanduser().absolute())
+        with folder.locked():
+            upgrade(folder.database_url)
+    except KeyError:
+        return _failed("give --data-dir, or the database's address in CIM_DATABASE_URL")
+    except FileNotFoundError:
+        return _failed(f"there is no data directory {given.data_dir}")
+    except (SchemaError, FolderTakenError) as error:
+        return _failed(error)
     return 0
+
+
+def _failed(why: object, *, command: str = "cim") -> int:
+    print(f"{command}: {why}", file=sys.stderr)  # noqa: T201
+    return 1
 
 
 def _open_tracker(settings: "Settings") -> "Tracker":

@@ -10,10 +10,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.app import create_app
-from service.db.engine import create_engine, create_sessions
-from service.db.upgrade import upgrade
+from service.db.engine import Sessions, create_engine, create_sessions
+from service.db.upgrade import check_schema, upgrade
 from service.dispatch.loop import OpenTracker, dispatch
 from service.settings import Settings
 from service.store.base import ObjectStore
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _DRAIN_S = 2  # for requests under way, among them streams that would never end
 _END_S = 3.0
+_DATABASE_PAUSE_S = 2.0
 
 
 class _Server(uvicorn.Server):
@@ -65,28 +67,46 @@ async def serve_both(
 
 
 async def serve_api(settings: Settings) -> None:
-    """The api on its host and port, until SIGINT or SIGTERM."""
+    """The api on its host and port, until SIGINT or SIGTERM; `SchemaError` ends it."""
     engine = create_engine(settings.database_url)
-    app = create_app(settings, create_sessions(engine), open_settings_store(settings))
+    sessions = create_sessions(engine)
+    app = create_app(settings, sessions, open_settings_store(settings))
     server = _server(app, on_ready=lambda: logger.info("listening on %s:%d", settings.host, settings.port))
     stop = stop_on_signals()
     bound = socket.create_server((settings.host, settings.port), backlog=2048)
     try:
-        await _until_stopped([_serve(server, bound, stop)], stop)
+        await _until_stopped([_serve(server, bound, stop), _require_schema(sessions, stop)], stop)
     finally:
         bound.close()
         await engine.dispose()
 
 
 async def serve_dispatcher(settings: Settings, *, open_tracker: OpenTracker) -> None:
-    """The dispatcher, until SIGINT or SIGTERM."""
+    """The dispatcher, until SIGINT or SIGTERM; `SchemaError` ends it before it does anything."""
     engine = create_engine(settings.database_url)
-    store, stop = open_settings_store(settings), stop_on_signals()
-    work = dispatch(settings, create_sessions(engine), store, open_tracker=open_tracker, stop=stop)
+    sessions, store, stop = create_sessions(engine), open_settings_store(settings), stop_on_signals()
+
+    async def work() -> None:
+        await _require_schema(sessions, stop)
+        await dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
+
     try:
-        await _until_stopped([work], stop)
+        await _until_stopped([work()], stop)
     finally:
         await engine.dispose()
+
+
+async def _require_schema(sessions: Sessions, stop: asyncio.Event) -> None:
+    """Wait for the database to answer, then for nothing more if its schema is ours."""
+    while not stop.is_set():
+        try:
+            async with sessions.begin() as session:
+                await check_schema(session)
+        except SQLAlchemyError as error:
+            logger.warning("the database does not answer yet: %s", error)
+            await asyncio.wait([asyncio.ensure_future(stop.wait())], timeout=_DATABASE_PAUSE_S)
+        else:
+            return
 
 
 def open_settings_store(settings: Settings) -> ObjectStore:

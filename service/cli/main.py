@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from service.cli import specs
+from service.cli import database, specs
 from service.cli.connect import (
     INTERRUPTED,
     USAGE,
@@ -45,6 +45,8 @@ app = typer.Typer(
     help="Pre-train visual encoders on your own images. Jobs are named by id, by a unique prefix "
     "of it, or by name (the latest of that name).",
 )
+
+app.add_typer(database.app, name="db")
 
 DATA_DIR = Path(".cim")
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Id, unique prefix of it, or name.")]

@@ -1,4 +1,7 @@
-"""Brings a database to the present schema. Run by a one-shot process, never by the API."""
+"""Brings a database to the present schema, and says what is wrong with one of another.
+
+Only a one-shot process upgrades, and embedded mode at its start; a server that meets another schema stops.
+"""
 
 from functools import cache
 from pathlib import Path
@@ -7,11 +10,16 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, make_url
+from sqlalchemy import Connection, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
 
 _HERE = Path(__file__).parent
+_LOCK = 0x43494D  # of PostgreSQL's advisory locks; any number that nobody else takes
+
+
+class SchemaError(Exception):
+    """The database is not at the schema that this version needs; the message says what to do."""
 
 
 def alembic_config() -> Config:
@@ -24,7 +32,10 @@ def alembic_config() -> Config:
 def upgrade(database_url: str, *, revision: str = "head") -> None:
     """Migrate the database at `database_url`, creating the SQLite file where there is none.
 
-    Blocks; call it through `asyncio.to_thread` from a running loop. Doing it twice is harmless.
+    Blocks; call it through `asyncio.to_thread` from a running loop. Doing it twice is harmless, also at once.
+
+    Raises:
+        SchemaError: a newer version of the service has upgraded it before.
     """
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
@@ -32,6 +43,10 @@ def upgrade(database_url: str, *, revision: str = "head") -> None:
     engine = create_engine(url, poolclass=NullPool)
     try:
         with engine.begin() as connection:
+            if url.get_backend_name() == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            if newer := _newer_fault(_revision_of(connection)):
+                raise SchemaError(newer)
             config = alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, revision)
@@ -47,10 +62,40 @@ def newest_revision() -> str:
     return head
 
 
-async def present_revision(session: AsyncSession) -> str | None:
-    """The revision of the database; None where it was never migrated."""
+async def check_schema(session: AsyncSession) -> str:
+    """The database's revision, which is ours.
+
+    Raises:
+        SchemaError: it is older or newer.
+    """
     connection = await session.connection()
-    return await connection.run_sync(_revision_of)
+    present = await connection.run_sync(_revision_of)
+    if newer := _newer_fault(present):
+        raise SchemaError(newer)
+    if present != newest_revision():
+        found = "has no tables of ours" if present is None else f"is at revision {present}"
+        raise SchemaError(
+            f"the database {found}, this version needs revision {newest_revision()}: run `cim db upgrade` "
+            "(or `python -m service migrate`), then start again"
+        )
+    return newest_revision()
+
+
+def _newer_fault(present: str | None) -> str:
+    """What is wrong with a revision that this version does not know."""
+    if present is None or present in _known_revisions():
+        return ""
+    return (
+        f"the database is at revision {present}, which this version (up to {newest_revision()}) does not know: a "
+        "newer version of the service has upgraded it. Run that version, or restore the backup made before"
+    )
+
+
+@cache
+def _known_revisions() -> frozenset[str]:
+    return frozenset(
+        script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()
+    )
 
 
 def _revision_of(connection: Connection) -> str | None:

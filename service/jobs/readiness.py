@@ -5,7 +5,7 @@ from typing import Literal
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.base import Stored
-from service.db.upgrade import newest_revision, present_revision
+from service.db.upgrade import SchemaError, check_schema
 from service.errors import ServiceError
 
 
@@ -24,10 +24,7 @@ class Readiness(Stored):
 
 async def readiness(session: AsyncSession) -> Readiness:
     """The database's revision; NotReadyError where it is another one than ours."""
-    present, newest = await present_revision(session), newest_revision()
-    if present != newest:
-        raise NotReadyError(
-            f"the database is at revision {present}, this version needs {newest}; "
-            "run `python -m service migrate`"
-        )
-    return Readiness(revision=newest)
+    try:
+        return Readiness(revision=await check_schema(session))
+    except SchemaError as error:
+        raise NotReadyError(str(error)) from error

@@ -200,7 +200,7 @@ class WorkContract:
         row = await world.row(job["id"])
         assert row.state is JobState.RETRYING
         assert row.not_before is not None
-        # 5 s is the first pause of the settings, a quarter more or less; the clock ticks a millisecond a look.
+        # 5 s is the first pause of the settings, a quarter more or less; the clock ticks at each look.
         assert timedelta(seconds=3.7) < row.not_before - world.clock.now < timedelta(seconds=6.3)
         await world.launch(job["id"])
         assert (await world.row(job["id"])).not_before is None

@@ -3,9 +3,8 @@
 from typing import Any
 
 from fastapi import APIRouter, status
-from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.api.deps import App, Ref, Services, Session
+from service.api.deps import App, Ref, Session
 from service.api.routes.jobs import UNKNOWN
 from service.contracts.jobs import JobView
 from service.contracts.problems import Problem
@@ -24,7 +23,7 @@ ASKED: dict[int | str, dict[str, Any]] = {
 router = APIRouter(prefix="/v1/jobs/{ref}", tags=["jobs"])
 
 
-async def _ask(ref: str, verb: Verb, session: AsyncSession, app: Services) -> JobView:
+async def _ask(ref: str, verb: Verb, session: Session, app: App) -> JobView:
     row = await wishes.ask(session, ref, verb, now=app.clock())
     return await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
 

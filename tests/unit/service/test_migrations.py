@@ -1,6 +1,9 @@
 """The migrations lead to exactly the tables of the code."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -11,9 +14,10 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, String, create_engine, inspect, text
 
 from service.contracts.jobs import Desired, FailureKind, JobState
+from service.data_folder import DataFolder
 from service.db.moves import Actor
 from service.db.tables import Base, EventRow
-from service.db.upgrade import alembic_config, newest_revision, upgrade
+from service.db.upgrade import SchemaError, alembic_config, newest_revision, upgrade
 from tests.fakes.world import World
 
 
@@ -77,8 +81,86 @@ def test_actors__fit_their_column() -> None:
 async def test_readyz__says_what_to_do_about_another_schema(world: World) -> None:
     assert (await world.client.get("/readyz")).json() == {"status": "ready", "revision": newest_revision()}
     async with world.sessions.begin() as session:
-        await session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+        await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
     answer = await world.client.get("/readyz")
     assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
-    assert "python -m service migrate" in answer.json()["detail"]
+    assert "a newer version of the service has upgraded it" in answer.json()["detail"]
     assert (await world.client.get("/healthz")).status_code == 200
+
+
+def at_revision(path: Path, revision: str | None) -> str:
+    """A database of that revision; its address."""
+    url = f"sqlite+aiosqlite:///{path}"
+    if revision in KNOWN:
+        upgrade(url, revision=revision)
+    elif revision is not None:
+        upgrade(url)
+        engine = create_engine(f"sqlite:///{path}")
+        with engine.begin() as connection:
+            connection.execute(text("UPDATE alembic_version SET version_num = :v"), {"v": revision})
+    return url
+
+
+KNOWN = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+
+
+@pytest.mark.parametrize("revision", KNOWN)
+def test_upgrade__from_every_earlier_revision_gives_the_tables_of_the_code(
+    tmp_path: Path, revision: str
+) -> None:
+    url = at_revision(tmp_path / "old.db", revision)
+    upgrade(url)
+    with create_engine(f"sqlite:///{tmp_path / 'old.db'}").connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        assert compare_metadata(context, Base.metadata) == []
+
+
+@pytest.mark.parametrize(
+    ("revision", "told"),
+    [(None, "has no tables of ours"), ("0001", "is at revision 0001"), ("9999", "a newer version")],
+)
+@pytest.mark.parametrize("command", ["api", "dispatcher"])
+def test_server__that_meets_another_schema_says_so_and_stops(
+    tmp_path: Path, command: str, revision: str | None, told: str
+) -> None:
+    environ = {
+        "PATH": os.environ["PATH"],
+        "CIM_DATABASE_URL": at_revision(tmp_path / "cim.db", revision),
+        "CIM_STORE_URL": str(tmp_path),
+        "CIM_RAY_URL": "http://127.0.0.1:1",
+        "CIM_PUBLIC_URL": "http://127.0.0.1:1",
+        "CIM_PORT": "0",
+        "CIM_SECRET": "s" * 32,
+    }
+    ended = subprocess.run(
+        [sys.executable, "-m", "service", command], env=environ, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 1
+    assert told in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_upgrade__refuses_what_a_newer_version_has_made(tmp_path: Path) -> None:
+    url = at_revision(tmp_path / "new.db", "9999")
+    with pytest.raises(SchemaError, match="newer version of the service"):
+        upgrade(url)
+
+
+def test_cim_db_upgrade__of_a_data_directory(tmp_path: Path) -> None:
+    at_revision(tmp_path / "cim.db", "0001")
+    command = [sys.executable, "-m", "service.cli.main", "db", "upgrade", "--data-dir", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    with create_engine(f"sqlite:///{tmp_path / 'cim.db'}").connect() as connection:
+        assert MigrationContext.configure(connection).get_current_revision() == newest_revision()
+
+
+@pytest.mark.parametrize("data_dir", ["absent", "taken"])
+def test_cim_db_upgrade__says_why_it_cannot(tmp_path: Path, data_dir: str) -> None:
+    folder = DataFolder(path=tmp_path / "taken")
+    folder.prepare()
+    command = [sys.executable, "-m", "service", "migrate", "--data-dir", str(tmp_path / data_dir)]
+    with folder.locked():
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ("no data directory" if data_dir == "absent" else "already runs on") in ended.stderr
