@@ -86,8 +86,8 @@ def _newer_fault(present: str | None) -> str:
     if present is None or present in _known_revisions():
         return ""
     return (
-        f"the database is at revision {present}, which this version (up to {newest_revision()}) does not know: a "
-        "newer version of the service has upgraded it. Run that version, or restore the backup made before"
+        f"the database is at revision {present}, unknown to this version (up to {newest_revision()}): "
+        "a newer version of the service has upgraded it. Run that version, or restore the backup made before"
     )
 
 

@@ -4,6 +4,8 @@ from typing import get_args, get_type_hints
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torchvision.transforms.functional import normalize
 
 from cim_core import masking
 from cim_core.cim import CIM, StepOutput, build_cim, on_device, sample_tokens, to_unit
@@ -254,6 +256,43 @@ def test_sample_tokens__follows_the_softmax_at_its_temperature() -> None:
         share = torch.bincount(draws, minlength=3).double() / 20_000
         deviation = (expected * (1 - expected) / 20_000).sqrt()
         assert bool(((share - expected).abs() < 5 * deviation).all())
+
+
+def test_normalise__is_imagenets_mean_and_deviation() -> None:
+    images = torch.rand(2, 3, 4, 4)
+    expected = normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+    assert torch.allclose(tiny_cim().normalise(images), expected)
+
+
+def test_corrupted__a_larger_picture_is_shrunk_without_aliasing() -> None:
+    cim = tiny_cim(tokenizer=FakeTokenizer(vocab_size=16, stride=32))
+    tokens = torch.arange(16).view(1, 16)
+    decoded = cim.tokenizer.decode(tokens.view(1, 4, 4))
+    assert decoded.shape[-1] == 128
+    expected = F.interpolate(decoded, size=(32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    plain = F.interpolate(decoded, size=(32, 32), mode="bicubic").clamp(0, 1)
+    assert not torch.allclose(expected, plain, atol=1e-3)
+    assert torch.allclose(cim.corrupt(tokens), expected)
+
+
+def test_encoder__is_the_running_average_where_there_is_one() -> None:
+    plain = tiny_cim()
+    assert plain.encoder is plain.enhancer.backbone
+    config = model_config()
+    averaged = tiny_cim(replace(config, enhancer=replace(config.enhancer, ema_decay=0.9)))
+    assert averaged.average is not None
+    assert averaged.encoder is averaged.average.module
+
+
+def test_on_device__seeds_another_devices_generator_from_the_whole_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = torch.Generator
+    monkeypatch.setattr(torch, "Generator", lambda *_: real())
+    seeds = [on_device(rng(n), torch.device("cuda")).initial_seed() for n in range(100)]
+    assert seeds[0] == on_device(rng(0), torch.device("cuda")).initial_seed()
+    assert len(set(seeds)) == 100
+    assert max(seeds) > 2**60
 
 
 def test_on_device__keeps_a_generator_that_fits() -> None:

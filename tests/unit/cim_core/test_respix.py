@@ -23,9 +23,9 @@ def by_hand(image_CHW: Tensor, window: int, eps: float) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("window", [2, 3, 7, 8, 20])
 def test_statistics__match_windows_by_hand(window: int) -> None:
-    images = torch.rand(2, 3, 11, 13, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(3, 3, 11, 13, generator=torch.Generator().manual_seed(0))
     mean, deviation = WindowStatistics(window)(images)
-    for b in range(2):
+    for b in range(3):
         expected_mean, expected_deviation = by_hand(images[b], window, 1e-6)
         assert torch.allclose(mean[b].double(), expected_mean, atol=1e-6)
         assert torch.allclose(deviation[b].double(), expected_deviation, rtol=1e-4, atol=1e-5)
@@ -165,3 +165,16 @@ def test_picture__of_the_exact_target_is_the_original(normalise: Literal["window
 
 def test_masked_mean__of_nothing_is_zero() -> None:
     assert masked_mean(torch.ones(2, 3), torch.zeros(2, 3, dtype=torch.bool)).item() == 0
+
+
+def test_masked_mean__of_a_single_position_is_its_value() -> None:
+    mask = torch.tensor([[False, True, False]])
+    assert masked_mean(torch.tensor([[1.0, 5.0, 2.0]]), mask).item() == 5
+
+
+def test_picture__stays_between_black_and_white() -> None:
+    model, known = objective(), truth()
+    wild = torch.full_like(known.clean_B3HW, 1000.0)
+    wild[:, :, ::2] *= -1
+    picture = model.picture(wild, clean_B3HW=known.clean_B3HW, corrupted_B3HW=known.clean_B3HW)
+    assert (picture.min().item(), picture.max().item()) == (0, 1)

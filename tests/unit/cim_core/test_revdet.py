@@ -54,6 +54,13 @@ def test_metrics__balanced_accuracy_and_positive_rate() -> None:
     assert metrics["revdet_positive_rate"].item() == pytest.approx(3 / 8)
 
 
+def test_metrics__a_logit_of_zero_or_less_is_no() -> None:
+    logits = torch.where(REPLACED, 0.5, 0.0)
+    logits[0, 1] = -0.5
+    _, _, metrics = judge(logits)
+    assert metrics["revdet_balanced_accuracy"].item() == 1
+
+
 def test_balanced_accuracy__always_no_is_a_half_however_rare_the_positives() -> None:
     labels = torch.zeros(10, 10, dtype=torch.bool)
     labels[0, 0] = True

@@ -148,7 +148,8 @@ def test_upgrade__refuses_what_a_newer_version_has_made(tmp_path: Path) -> None:
 
 def test_cim_db_upgrade__of_a_data_directory(tmp_path: Path) -> None:
     at_revision(tmp_path / "cim.db", "0001")
-    command = [sys.executable, "-m", "service.cli.main", "db", "upgrade", "--data-dir", str(tmp_path)]
+    cim = "from service.cli.main import main; main()"
+    command = [sys.executable, "-c", cim, "db", "upgrade", "--data-dir", str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     with create_engine(f"sqlite:///{tmp_path / 'cim.db'}").connect() as connection:
