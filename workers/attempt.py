@@ -40,6 +40,11 @@ class Attempt:
         return self.settings.cache_dir / self.assignment.job_id
 
     @property
+    def spool(self) -> Path:
+        """Log lines of this attempt on this node; its siblings are those of earlier attempts."""
+        return self.cache / "logs" / f"attempt-{self.assignment.attempt}"
+
+    @property
     def image_sets(self) -> dict[str, str]:
         """The address of every set of images that the job reads, by its role."""
         spec = self.spec

@@ -19,6 +19,7 @@ from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, Progress
 from service.contracts.specs import PretrainSpec
 from service.contracts.work import Assignment, Finish
+from service.store.base import StoreError
 from workers.attempt import Attempt, Outcome, Work
 from workers.cache import discard
 from workers.data import prepare
@@ -27,6 +28,7 @@ from workers.logs import LogShipper, attach, detach
 from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
 from workers.settings import UsageError, WorkerSettings, apply_train_environment
+from workers.spool import recover
 from workers.storage import JobStore, ray_storage
 from workers.train_loop import train_loop
 
@@ -104,6 +106,7 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
     shipper = LogShipper(
         store.store,
         store.log_prefix,
+        spool=attempt.spool,
         attempt=store.attempt,
         source="driver",
         secrets=[attempt.settings.token],
@@ -113,11 +116,24 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
     shipper.start()
     reporter.start()
     try:
+        _send_left_lines(attempt, store)
         yield Desk(attempt=attempt, store=store, service=service, reporter=reporter, shipper=shipper)
     finally:
         # Logs end before the final state is written: whoever sees the state may read them all.
         reporter.close()
         detach(shipper)
+        if not shipper.abandoned:
+            _send_left_lines(attempt, store)
+
+
+def _send_left_lines(attempt: Attempt, store: JobStore) -> None:
+    try:
+        num_sent = recover(attempt.spool.parent, store.store, store.logs_prefix)
+    except StoreError as error:
+        log.warning("log lines of killed processes wait on this node: %s", error)
+    else:
+        if num_sent:
+            log.info("sent %d pieces of log that killed processes of this job had left here", num_sent)
 
 
 def _finish_of(desk: Desk) -> Finish | None:

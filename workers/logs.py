@@ -1,7 +1,7 @@
 """Logs as JSON lines, shipped to the object store in numbered chunks.
 
-Ray keeps logs on the node that made them and loses them with it. So each process sends its own
-lines; a store that is away costs lines at worst, never a training step.
+Ray keeps logs on the node that made them and loses them with it. So each process writes its lines to a
+spool on disk and sends them from there; a store that is away costs lines at worst, never a training step.
 """
 
 import atexit
@@ -11,28 +11,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
-from typing import Protocol
+from pathlib import Path
 
 from service.contracts.jobs import LogLine
+from workers.spool import PutBytes, Spool, send
 
 OUR_LOGGERS = ("workers", "cim_core", "service")
 MAX_LINE_CHARS = 16_000
-MAX_PENDING_LINES = 20_000
-
-
-class PutBytes(Protocol):
-    """The part of an object store that a shipper needs."""
-
-    def put_bytes(self, key: str, data: bytes) -> object:
-        """Store `data` under `key`."""
-        ...
+MAX_WAITING_LINES = 20_000
 
 
 class LogShipper(logging.Handler):
     """A logging handler whose lines end up under `prefix` as `{source}-{seq:06d}.jsonl`.
 
-    Beyond `lines_per_minute` lines are dropped and counted; so are lines that the store does not
-    take in time. Every text in `secrets` is blotted out.
+    Until then they are in `spool`, a folder of this node: see `workers.spool`. Beyond `lines_per_minute`
+    lines are dropped and counted; so are lines that the store does not take in time. Every text in
+    `secrets` is blotted out.
     """
 
     def __init__(
@@ -40,6 +34,7 @@ class LogShipper(logging.Handler):
         store: PutBytes,
         prefix: str,
         *,
+        spool: Path,
         attempt: int,
         source: str,
         secrets: Iterable[str] = (),
@@ -51,10 +46,10 @@ class LogShipper(logging.Handler):
         self._attempt, self._source = attempt, source
         self._secrets = tuple(secret for secret in secrets if secret)
         self._limit, self._clock = lines_per_minute, clock
-        self._pending: list[str] = []
+        self._spool = Spool(spool, source)
+        self._waiting = 0  # lines in the spool
         self._dropped = 0
         self._window = (clock(), 0)  # start of the running minute, lines in it
-        self._seq = 0
         self._shipping = threading.Lock()
         self._ending = threading.Event()
         self._abandoned = False
@@ -67,7 +62,7 @@ class LogShipper(logging.Handler):
         if not self._admit():
             self._dropped += 1
             return
-        self._pending.append(self._line(record.levelname, self.format(record), at=record.created))
+        self._append(self._line(record.levelname, self.format(record), at=record.created))
 
     def start(self, *, every_s: float = 2.0) -> None:
         """Ship what has gathered every `every_s` seconds, from a thread of its own."""
@@ -80,19 +75,16 @@ class LogShipper(logging.Handler):
         with self._shipping:
             with self._handler_lock():
                 self._note_dropped()
-                lines, self._pending = self._pending, []
-            if not lines:
-                return True
-            key = f"{self._prefix}/{self._source}-{self._seq:06d}.jsonl"
-            try:
-                self._store.put_bytes(key, "".join(lines).encode())
-            except Exception as error:
-                # Logging it would feed this very handler.
-                sys.stderr.write(f"log lines wait, the object store refused: {error}\n")
+                self._spool.roll()
+            for chunk in self._spool.chunks():
+                try:
+                    sent = send(chunk, self._store, self._prefix)
+                except Exception as error:
+                    # Logging it would feed this very handler.
+                    sys.stderr.write(f"log lines wait, the object store refused: {error}\n")
+                    return False
                 with self._handler_lock():
-                    self._keep(lines)
-                return False
-            self._seq += 1
+                    self._waiting = max(0, self._waiting - sent)
             return True
 
     def close(self, *, tries: int = 3, pause_s: float = 1.0) -> None:
@@ -106,13 +98,17 @@ class LogShipper(logging.Handler):
                 break
             if turn + 1 < tries:
                 time.sleep(pause_s)
+        self._spool.close()
         super().close()
 
     def abandon(self) -> None:
-        """Write nothing more: a newer attempt owns the job."""
+        """Send nothing more: a newer attempt owns the job, and sends what waits here."""
         self._abandoned = True
-        with self._handler_lock():
-            self._pending = []
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether a newer attempt owns the job."""
+        return self._abandoned
 
     def _run(self, every_s: float) -> None:
         while not self._ending.wait(every_s):
@@ -127,18 +123,21 @@ class LogShipper(logging.Handler):
         if self._clock() - start >= 60:
             start, lines = self._clock(), 0
         self._window = (start, lines + 1)
-        return lines < self._limit and len(self._pending) < MAX_PENDING_LINES
+        return lines < self._limit and self._waiting < MAX_WAITING_LINES
 
-    def _keep(self, lines: list[str]) -> None:
-        pending = lines + self._pending
-        self._dropped += max(0, len(pending) - MAX_PENDING_LINES)
-        self._pending = pending[:MAX_PENDING_LINES]
+    def _append(self, line: str) -> None:
+        try:
+            self._spool.append(line)
+        except OSError:  # the disk is full
+            self._dropped += 1
+        else:
+            self._waiting += 1
 
     def _note_dropped(self) -> None:
         if self._dropped:
             text = f"{self._dropped} log lines were dropped: more than {self._limit} a minute, or store away"
-            self._pending.append(self._line("WARNING", text, at=time.time()))
             self._dropped = 0
+            self._append(self._line("WARNING", text, at=time.time()))
 
     def _line(self, level: str, message: str, *, at: float) -> str:
         for secret in self._secrets:

@@ -69,6 +69,7 @@ def rank_of(work: Work) -> Iterator[Rank]:
     shipper = LogShipper(
         store.store,
         store.log_prefix,
+        spool=attempt.spool,
         attempt=store.attempt,
         source=f"rank-{number}",
         secrets=[settings.token],

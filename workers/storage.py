@@ -52,9 +52,14 @@ class JobStore:
         return f"attempts/{self.attempt}"
 
     @property
+    def logs_prefix(self) -> str:
+        """Key prefix of the job's logs, those of attempt N below `attempt-N`."""
+        return f"{self.prefix}/logs"
+
+    @property
     def log_prefix(self) -> str:
         """Key prefix of this attempt's logs."""
-        return f"{self.prefix}/logs/attempt-{self.attempt}"
+        return f"{self.logs_prefix}/attempt-{self.attempt}"
 
     def put_bytes(self, path: str, data: bytes) -> FileEntry:
         """Store `data` as the job's file `path`. Raises `StoreError`."""

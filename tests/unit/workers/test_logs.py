@@ -1,11 +1,13 @@
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from service.contracts.jobs import LogLine
 from workers.logs import LogShipper, attach, detach
+from workers.spool import Spool
 
 
 class Shelf:
@@ -34,9 +36,15 @@ def shelf() -> Shelf:
 
 
 @pytest.fixture
-def shipper(shelf: Shelf) -> Iterator[LogShipper]:
+def shipper(shelf: Shelf, tmp_path: Path) -> Iterator[LogShipper]:
     made = LogShipper(
-        shelf, "logs/attempt-2", attempt=2, source="rank-0", secrets=["s3cret"], lines_per_minute=5
+        shelf,
+        "logs/attempt-2",
+        spool=tmp_path / "attempt-2",
+        attempt=2,
+        source="rank-0",
+        secrets=["s3cret"],
+        lines_per_minute=5,
     )
     attach(made)
     yield made
@@ -113,3 +121,33 @@ def test_abandon__nothing_is_written_any_more(shipper: LogShipper, shelf: Shelf)
     log.info("two")
     shipper.close(tries=1)
     assert shelf.objects == {}
+
+
+def test_emit__a_full_disk_costs_lines_and_raises_nothing(
+    shipper: LogShipper, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_self: Spool, _line: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "append", full)
+        log.info("lost")
+    log.info("kept")
+    shipper.ship()
+    assert shelf.messages()[0] == "kept"
+    assert "1 log lines were dropped" in shelf.messages()[1]
+
+
+def test_emit__beyond_what_may_wait_lines_are_dropped_until_the_store_is_back(
+    shipper: LogShipper, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.logs.MAX_WAITING_LINES", 2)
+    shelf.away = True
+    for number in range(3):
+        log.info("%d", number)
+    assert not shipper.ship()
+    shelf.away = False
+    assert shipper.ship()
+    log.info("again")
+    shipper.ship()
+    assert [text for text in shelf.messages() if "dropped" not in text] == ["0", "1", "again"]

@@ -1,0 +1,90 @@
+"""What a killed process leaves is sent by whoever comes next, once, in order, and never under its feet."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from workers.spool import Spool, recover, send
+
+WRITER = r"""
+import sys, time
+from pathlib import Path
+from workers.spool import Spool
+spool = Spool(Path(sys.argv[1]), "rank-0")
+for number in range(int(sys.argv[2])):
+    spool.append(f"{number}\n")
+    if number % 10 == 9:
+        spool.roll()
+print("written", flush=True)
+time.sleep(600)
+"""
+
+
+class Shelf(dict[str, bytes]):
+    """Objects by key; refuses while `away`."""
+
+    away = False
+
+    def put_bytes(self, key: str, data: bytes) -> None:
+        if self.away:
+            raise OSError("away")
+        self[key] = data
+
+    def text(self) -> str:
+        return b"".join(self[key] for key in sorted(self)).decode()
+
+
+def writer(folder: Path, num_lines: int) -> "subprocess.Popen[str]":
+    """A process that has written so many lines and lives on."""
+    command = [sys.executable, "-c", WRITER, str(folder), str(num_lines)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "written\n"
+    return process
+
+
+def test_recover__every_line_of_a_killed_process_in_order(tmp_path: Path) -> None:
+    shelf = Shelf()
+    process = writer(tmp_path / "attempt-3", 25)
+    assert recover(tmp_path, shelf, "jobs/J/logs") == 0  # it lives
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert recover(tmp_path, shelf, "jobs/J/logs") == 3
+    assert sorted(shelf) == [f"jobs/J/logs/attempt-3/rank-0-{n:06d}.jsonl" for n in range(3)]
+    assert shelf.text() == "".join(f"{n}\n" for n in range(25))
+    assert recover(tmp_path, shelf, "jobs/J/logs") == 0
+
+
+def test_spool__a_successor_of_the_same_name_overwrites_nothing(tmp_path: Path) -> None:
+    shelf = Shelf()
+    for number in range(2):
+        spool = Spool(tmp_path, "driver")
+        spool.append(f"{number}\n")
+        spool.close()
+        for chunk in spool.chunks():
+            send(chunk, shelf, "logs")
+    assert shelf == {"logs/driver-000000.jsonl": b"0\n", "logs/driver-000001.jsonl": b"1\n"}
+
+
+def test_send__a_store_that_is_away_leaves_the_chunk(tmp_path: Path) -> None:
+    shelf, spool = Shelf(), Spool(tmp_path, "driver")
+    spool.append("a\n")
+    spool.roll()
+    shelf.away = True
+    with pytest.raises(OSError, match="away"):
+        send(spool.chunks()[0], shelf, "logs")
+    shelf.away = False
+    assert send(spool.chunks()[0], shelf, "logs") == 1
+    assert spool.chunks() == []
+
+
+def test_sources__whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None:
+    one, ten = Spool(tmp_path, "rank-1"), Spool(tmp_path, "rank-10")
+    one.append("one\n")
+    ten.append("ten\n")
+    assert [chunk.name for chunk in one.chunks()] == ["rank-1-000000.jsonl"]
+    assert [chunk.name for chunk in ten.chunks()] == ["rank-10-000000.jsonl"]

@@ -1,0 +1,108 @@
+"""Log lines on this node's disk until the object store has them.
+
+Every line is with the operating system before the next one is made, so a process that is killed loses
+none: whoever works for the job on this node next sends what it left. Only a lost node takes lines
+with it, those of the last seconds.
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Protocol
+
+
+class PutBytes(Protocol):
+    """The part of an object store that log lines need."""
+
+    def put_bytes(self, key: str, data: bytes) -> object:
+        """Store `data` under `key`."""
+        ...
+
+
+class Spool:
+    """The chunks `{source}-{seq:06d}.jsonl` of one process. Its lock file holds the next number."""
+
+    def __init__(self, folder: Path, source: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._folder, self._source = folder, source
+        self._lock = _lock_file(folder, source).open("a+")
+        # Another holder is a process of the same name that does not end; both may write, chunks are appended.
+        with suppress(BlockingIOError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock.seek(0)
+        self._seq = int(self._lock.read().strip() or 0)
+        self._open: IO[str] | None = None
+
+    def append(self, line: str) -> None:
+        """Add one line, which ends in a line feed. Raises OSError where the disk takes none."""
+        if self._open is None:
+            name = f"{self._source}-{self._seq:06d}.jsonl"
+            self._open = (self._folder / name).open("a", encoding="utf-8")
+            self._seq += 1
+            self._lock.truncate(0)
+            self._lock.write(str(self._seq))
+            self._lock.flush()
+        self._open.write(line)
+        self._open.flush()
+
+    def roll(self) -> None:
+        """End the open chunk, if there is one: it may be sent."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def chunks(self) -> list[Path]:
+        """What waits, in order; call `roll` before."""
+        return _chunks(self._folder, self._source)
+
+    def close(self) -> None:
+        """Give the lock back. What waits stays for whoever comes next."""
+        self.roll()
+        self._lock.close()
+
+
+def send(chunk: Path, store: PutBytes, prefix: str) -> int:
+    """Store `chunk` under its name below `prefix`, then delete it; its number of lines.
+
+    Whoever is killed in between leaves a chunk that is sent once more, under the same name.
+    """
+    data = chunk.read_bytes()
+    store.put_bytes(f"{prefix}/{chunk.name}", data)
+    chunk.unlink(missing_ok=True)
+    return data.count(b"\n")
+
+
+def recover(spools: Path, store: PutBytes, prefix: str) -> int:
+    """Send what dead processes left in the spools below `spools`; returns the number of chunks.
+
+    Those of the spool `attempt-3` go to `{prefix}/attempt-3/`.
+    """
+    num_sent = 0
+    for folder, source in sorted({(path.parent, _source(path)) for path in spools.glob("*/*.jsonl")}):
+        for chunk in _of_the_dead(folder, source):
+            send(chunk, store, f"{prefix}/{folder.name}")
+            num_sent += 1
+    return num_sent
+
+
+def _source(chunk: Path) -> str:
+    return chunk.stem.rpartition("-")[0]
+
+
+def _of_the_dead(folder: Path, source: str) -> Iterator[Path]:
+    with _lock_file(folder, source).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # it lives, and sends them itself
+        yield from _chunks(folder, source)
+
+
+def _chunks(folder: Path, source: str) -> list[Path]:
+    found = (path for path in folder.glob("*.jsonl") if _source(path) == source)
+    return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _lock_file(folder: Path, source: str) -> Path:
+    return folder / f"{source}.lock"
