@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
@@ -273,6 +274,39 @@ def test_corrupted__a_larger_picture_is_shrunk_without_aliasing() -> None:
     plain = F.interpolate(decoded, size=(32, 32), mode="bicubic").clamp(0, 1)
     assert not torch.allclose(expected, plain, atol=1e-3)
     assert torch.allclose(cim.corrupt(tokens), expected)
+
+
+@pytest.mark.parametrize("num_images", [32, 40], ids=["as many as pixels a side", "more"])
+def test_corrupted__does_not_depend_on_how_many_images_there_are(num_images: int) -> None:
+    cim = tiny_cim()
+    tokens = torch.randint(16, (num_images, 16), generator=rng())
+    alone = torch.cat([cim.corrupt(one[None]) for one in tokens])
+    assert torch.equal(cim.corrupt(tokens), alone)
+
+
+def test_to__moves_every_weight_and_buffer() -> None:
+    cim = tiny_cim().double()
+    kinds = {tensor.dtype for tensor in (*cim.parameters(), *cim.buffers()) if tensor.is_floating_point()}
+    assert kinds == {torch.float64}
+
+
+def test_state__holds_no_constants() -> None:
+    assert not {"mean", "std"} & set(tiny_cim().state_dict())
+
+
+@pytest.mark.parametrize("can", ["encode", "decode"])
+def test_build__a_tokenizer_must_encode_and_decode(can: str) -> None:
+    half = SimpleNamespace(**{can: lambda images: images})
+    with pytest.raises(ModelError, match="must be able to encode and decode, got SimpleNamespace"):
+        build_cim(model_config(), half)
+
+
+def test_build__the_seed_is_0_where_none_is_given() -> None:
+    config, tokenizer = model_config(), FakeTokenizer(vocab_size=16, stride=4)
+    given, open_ = build_cim(config, tokenizer, seed=0), build_cim(config, tokenizer)
+    assert all(map(torch.equal, given.state_dict().values(), open_.state_dict().values()))
+    other = build_cim(config, tokenizer, seed=1)
+    assert not all(map(torch.equal, given.state_dict().values(), other.state_dict().values()))
 
 
 def test_encoder__is_the_running_average_where_there_is_one() -> None:

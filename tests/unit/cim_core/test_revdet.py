@@ -67,6 +67,11 @@ def test_balanced_accuracy__always_no_is_a_half_however_rare_the_positives() -> 
     assert balanced_accuracy(torch.zeros_like(labels), labels).item() == pytest.approx(0.5)
 
 
+def test_balanced_accuracy__a_single_positive_that_is_found_counts_whole() -> None:
+    labels = torch.tensor([[True, False, False, False]])
+    assert balanced_accuracy(labels, labels).item() == 1
+
+
 @pytest.mark.parametrize("kind", [True, False])
 def test_balanced_accuracy__counts_one_kind_where_the_other_is_absent(*, kind: bool) -> None:
     labels = torch.full((1, 4), kind)
