@@ -36,6 +36,15 @@ class Retries(Contract):
     max_attempts: int = Field(default=3, ge=1, le=100)
 
 
+class Checkpoints(Contract):
+    """Which committed checkpoints stay; the newest one always does."""
+
+    keep_last: int = Field(default=2, ge=1, le=1_000_000)
+    keep_every: Duration | None = Field(
+        default=None, description="Beside them the first checkpoint at or after each multiple of this."
+    )
+
+
 class Probe(Contract):
     """Labelled images (CLASS/FILE) for a k-NN probe while pre-training."""
 
@@ -62,6 +71,7 @@ class TokenizerSpec(_Spec):
     data: Data
     model: TokenizerConfig = TokenizerConfig()
     training: TokenizerTrainingConfig
+    checkpoints: Checkpoints = Checkpoints()
 
 
 class PretrainSpec(_Spec):
@@ -72,6 +82,7 @@ class PretrainSpec(_Spec):
     data: Data
     model: ModelConfig
     training: TrainingConfig
+    checkpoints: Checkpoints = Checkpoints()
     probe: Probe | None = None
 
 

@@ -15,6 +15,7 @@ from service.store import MissingObjectError, ObjectStore, StoreError, StoreFull
 from service.store.base import TEMPORARY
 from service.store.directory import DirectoryStore
 from service.store.s3 import S3Store
+from tests.fakes.stepping_store import SteppingStore
 from tests.unit.service.store_contract import Begin, StoreContract
 
 MIB = 1 << 20
@@ -28,6 +29,12 @@ class TestDirectoryStore(StoreContract):
     @pytest.fixture
     def begin(self, tmp_path: Path) -> Begin:
         return partial(leave_half, tmp_path / "objects")
+
+
+class TestSteppingStore(TestDirectoryStore):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ObjectStore:
+        return SteppingStore(DirectoryStore(tmp_path / "objects"))
 
 
 def leave_half(root: Path, key: str, data: bytes) -> None:
