@@ -152,7 +152,7 @@ class Scene:
         encoder = plane.put(self.ended, "encoder/model.safetensors", b"encoder")
         await plane.finish(self.ended, 1, step=30, total_steps=30, files=[encoder.model_dump()])
         self.live = await running(plane)
-        await commit(plane, self.live, 1, 10, 30)
+        await commit(plane, self.live, 1, 10)
         plane.put(self.live, "attempts/1/checkpoints/step-35/state", b"never committed")
         begin(f"{job_prefix(self.live)}/attempts/1/checkpoints/step-35/manifest.json", b"half")
         plane.put(self.live, "spec.json", b"{}")
@@ -160,10 +160,10 @@ class Scene:
         await plane.reconciler().run_once()
         plane.advance(2 * AFTER_S)
         await plane.report(self.live, 2)
-        await commit(plane, self.live, 2, 40, 50)
-        begin(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-60/state", b"half")
-        self.under_way = frozenset({"attempts/2/checkpoints/step-60/manifest.json", "spec.json"})
-        plane.put(self.live, "attempts/2/checkpoints/step-60/manifest.json", b"under way")
+        await commit(plane, self.live, 2, 40, 50, 60)
+        begin(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70/state", b"half")
+        self.under_way = frozenset({"attempts/2/checkpoints/step-70/manifest.json", "spec.json"})
+        plane.put(self.live, "attempts/2/checkpoints/step-70/manifest.json", b"under way")
         return self
 
     async def assert_whole(self, plane: ControlPlane) -> None:
@@ -176,18 +176,18 @@ class Scene:
         """Nothing else is left."""
         await self.assert_whole(plane)
         assert await steps(plane, self.ended) == [20, 30]
-        assert await steps(plane, self.live) == [40, 50]
+        assert await steps(plane, self.live) == [50, 60]
         assert stored(plane, self.ended) == await named(plane, self.ended)
         assert stored(plane, self.live) == await named(plane, self.live) | self.under_way
         assert "encoder/model.safetensors" in stored(plane, self.ended)
         (upload,) = inner(plane).uploads()
-        assert upload.key.startswith(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-60")
+        assert upload.key.startswith(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70")
         assert [row.clean_attempt for row in (await plane.job(self.ended), await plane.job(self.live))] == [
             1,
             0,
         ]
         assert await notes(plane, self.ended) == ["removed checkpoint at step 10"]
-        assert await notes(plane, self.live) == ["removed checkpoints at steps 10, 30"]
+        assert await notes(plane, self.live) == ["removed checkpoints at steps 10, 40"]
 
 
 class GarbageContract:
@@ -207,7 +207,7 @@ class GarbageContract:
         before = {job_id: stored(plane, job_id) for job_id in (scene.live, scene.ended)}
         told = {removed.place: removed for removed in await dry_run(plane)}
         assert {job_id: stored(plane, job_id) for job_id in before} == before
-        assert await steps(plane, scene.live) == [10, 30, 40, 50]
+        assert await steps(plane, scene.live) == [10, 40, 50, 60]
         assert len(inner(plane).uploads()) == 3
         await collector(plane).run_once()
         for job_id, paths in before.items():
@@ -215,7 +215,7 @@ class GarbageContract:
             gone = {f"{removed.place}/{path}" for path in paths - stored(plane, job_id)}
             assert set(removed.keys) == gone
             assert removed.num_uploads == 1
-        assert told[job_prefix(scene.live)].steps == (10, 30)
+        assert told[job_prefix(scene.live)].steps == (10, 40)
         assert told[job_prefix(scene.ended)].size_bytes == 2 * len(b"weights") + 3 * len(b"left")
         assert await dry_run(plane) == []
 
@@ -340,6 +340,18 @@ class GarbageContract:
         assert stored(plane, job_id) == await named(plane, job_id)
         assert (await plane.job(job_id)).state is S.FAILED
 
+    async def test_silent__an_attempt_that_may_still_write_loses_nothing(
+        self, plane: ControlPlane, begin: Begin
+    ) -> None:
+        job_id = await running(plane)
+        await commit(plane, job_id, 1, 10)
+        plane.put(job_id, "attempts/1/checkpoints/step-20/state", b"under way")
+        begin(f"{job_prefix(job_id)}/attempts/1/checkpoints/step-20/manifest.json", b"half")
+        plane.advance(2 * AFTER_S)
+        await collector(plane).run_once()
+        assert len(stored(plane, job_id)) == 3
+        assert len(inner(plane).uploads()) == 1
+
     async def test_shared__writes_that_never_ended_go(self, plane: ControlPlane, begin: Begin) -> None:
         begin("tokenizers/dall-e/ab/model.safetensors", b"half")
         inner(plane).put_bytes("tokenizers/dall-e/ab/config.json", b"{}")
@@ -366,7 +378,7 @@ async def _at_each_step(plane: ControlPlane, look: Callable[[], Any]) -> None:
 
 async def _end(plane: ControlPlane, scene: Scene) -> None:
     """Make room for the next scene."""
-    await plane.finish(scene.live, 2, step=60, total_steps=60)
+    await plane.finish(scene.live, 2, step=70, total_steps=70)
     plane.launcher.forget_everything()
     await plane.reconciler().run_once()
     plane.advance(2 * AFTER_S)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -80,12 +80,11 @@ async def folder(tmp_path: Path) -> AsyncIterator[tuple[Path, ControlPlane]]:
 
 def cim(*arguments: str, status: int = 0, **environ: str) -> str:
     """What `cim garbage` prints."""
-    return _printed(
-        "-c", "from service.cli.main import main; main()", "garbage", *arguments, status=status, **environ
-    )
+    program = "from service.cli.main import main; main()"
+    return printed("-c", program, "garbage", *arguments, status=status, environ=environ)
 
 
-def _printed(*arguments: str, status: int = 0, **environ: str) -> str:
+def printed(*arguments: str, status: int = 0, environ: Mapping[str, str]) -> str:
     """Standard output of a Python process, or standard error where it is to fail."""
     command, env = [sys.executable, *arguments], {**os.environ, **environ}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
@@ -137,7 +136,7 @@ async def test_command__takes_other_places_from_the_environment(
     }
     job_id = await running(plane)
     await commit(plane, job_id, 1, 10, 20, 30)
-    document = json.loads(_printed("-m", "service", "garbage", "--delete", "--json", **places))
+    document = json.loads(printed("-m", "service", "garbage", "--delete", "--json", environ=places))
     assert [removed["place"] for removed in document["garbage"]] == [f"jobs/{job_id}"]
     assert await steps(plane, job_id) == [20, 30]
     assert stored(plane, job_id) == await named(plane, job_id)

@@ -1,5 +1,6 @@
 """The collector on SQLite and a folder."""
 
+import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator
@@ -8,9 +9,14 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
-from service.domain.names import job_prefix
-from service.store.base import Entries, StoreError
+from service.dispatch.loop import dispatch
+from service.dispatch.tracker import Tracker
+from service.domain.names import SHARED, job_prefix
+from service.jobs import garbage
+from service.settings import Settings
+from service.store.base import Entries, StoreError, Uploads
 from tests.fakes.control_plane import ControlPlane, control_plane
 from tests.fakes.garbage_contract import GarbageContract, collector, commit, named, running, steps, stored
 from tests.fakes.stepping_store import SteppingStore
@@ -83,3 +89,42 @@ async def test_one_broken_job__does_not_stop_the_others(
     await collector(plane).run_once()
     assert [await steps(plane, job_id) for job_id in ids] == [[10, 20, 30], [20, 30]]
     assert "could not be looked through" in caplog.text
+
+
+async def test_jobs__all_are_found_in_several_reads(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "_JOBS_A_READ", 2)
+    for num_jobs in range(6):
+        assert len([job_id async for job_id in garbage.jobs(plane.sessions)]) == num_jobs
+        await running(plane)
+
+
+async def test_dispatcher__removes_garbage_although_ray_is_away(
+    plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    await commit(plane, job_id, 1, 10, 20, 30)
+    settings = Settings(
+        database_url="sqlite+aiosqlite:///none",
+        store_url=str(tmp_path),
+        ray_url="http://127.0.0.1:1",
+        public_url="http://api:8000",
+        secret=SecretStr("s" * 32),
+        mlflow_url=None,
+    )
+    stop, loop, uploads = asyncio.Event(), asyncio.get_running_loop(), plane.store.uploads
+
+    def end_of_a_pass(prefix: str = "") -> Uploads:
+        if prefix == SHARED:
+            loop.call_soon_threadsafe(stop.set)
+        return uploads(prefix)
+
+    def no_tracker(_: Settings) -> Tracker:
+        raise AssertionError("MLflow is switched off")
+
+    monkeypatch.setattr(plane.store, "uploads", end_of_a_pass)
+    async with asyncio.timeout(60):
+        await dispatch(settings, plane.sessions, plane.store, open_tracker=no_tracker, stop=stop)
+    assert await steps(plane, job_id) == [20, 30]
+    assert stored(plane, job_id) == await named(plane, job_id)
