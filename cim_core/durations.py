@@ -43,7 +43,7 @@ def plan(training: TrainingConfig, *, num_images: int) -> Plan:
             f"training.batch_size is {training.batch_size}, but the data holds only {num_images} usable"
             f" images; lower training.batch_size to at most {num_images} or add images"
         )
-    steps = _exact_steps(training.length, training.batch_size, num_images)
+    steps = exact_steps(training.length, batch_size=training.batch_size, num_images=num_images)
     total = _whole(steps)
     return Plan(
         total_steps=total,
@@ -57,7 +57,17 @@ def plan(training: TrainingConfig, *, num_images: int) -> Plan:
 
 def steps_of(duration: Duration, *, batch_size: int, num_images: int) -> int:
     """`duration` in whole steps, rounded up, at least 1."""
-    return _whole(_exact_steps(duration, batch_size, num_images))
+    return _whole(exact_steps(duration, batch_size=batch_size, num_images=num_images))
+
+
+def exact_steps(duration: Duration, *, batch_size: int, num_images: int) -> Fraction:
+    """`duration` in steps, not rounded."""
+    if duration.steps is not None:
+        return Fraction(duration.steps)
+    if duration.images is not None:
+        return Fraction(duration.images, batch_size)
+    # Through the decimal text: 0.1 epochs of 30 images are 3 images, not 3.0000000000000002.
+    return Fraction(str(duration.epochs)) * num_images / batch_size
 
 
 def _warmup_steps(training: TrainingConfig, total: int, num_images: int) -> int:
@@ -77,7 +87,8 @@ def _sample_steps(training: TrainingConfig, total: int, num_images: int) -> froz
 
 
 def _every(period: Duration, training: TrainingConfig, total: int, num_images: int) -> frozenset[int]:
-    return _multiples(_exact_steps(period, training.batch_size, num_images), total)
+    steps = exact_steps(period, batch_size=training.batch_size, num_images=num_images)
+    return _multiples(steps, total)
 
 
 def _multiples(period: Fraction, total: int) -> frozenset[int]:
@@ -88,15 +99,6 @@ def _multiples(period: Fraction, total: int) -> frozenset[int]:
     period = max(period, Fraction(1))
     count = int(total / period)
     return frozenset(min(_whole(period * i), total) for i in range(1, count + 1)) | {total}
-
-
-def _exact_steps(duration: Duration, batch_size: int, num_images: int) -> Fraction:
-    if duration.steps is not None:
-        return Fraction(duration.steps)
-    if duration.images is not None:
-        return Fraction(duration.images, batch_size)
-    # Through the decimal text: 0.1 epochs of 30 images are 3 images, not 3.0000000000000002.
-    return Fraction(str(duration.epochs)) * num_images / batch_size
 
 
 def _whole(steps: Fraction) -> int:

@@ -1,4 +1,4 @@
-"""`python -m service up|api|dispatcher|migrate`: the entry points, and the only reader of the environment.
+"""`python -m service COMMAND`: the entry points, and the only reader of the environment.
 
 Each command imports what it needs by itself, so that `--help` and a wrong option answer at once.
 """
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "api": _api,
         "dispatcher": _dispatcher,
         "migrate": _migrate,
+        "garbage": _garbage,
     }
     return commands[given.command](given)
 
@@ -54,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("dispatcher", help="the reconcile loop, from CIM_... settings")
     migrate = commands.add_parser("migrate", help="bring the database to the present schema")
     migrate.add_argument("--data-dir", type=Path, help="that of `cim up`; else CIM_DATABASE_URL")
+    garbage = commands.add_parser("garbage", help="what may go of the stored files, from CIM_... settings")
+    garbage.add_argument("--delete", action="store_true", help="remove it; without this nothing is touched")
+    garbage.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    garbage.add_argument("--data-dir", type=Path, help="of an embedded service, in place of the settings")
     return parser
 
 
@@ -136,6 +141,23 @@ def _migrate(given: argparse.Namespace) -> int:
 def _failed(why: object, *, command: str = "cim") -> int:
     print(f"{command}: {why}", file=sys.stderr)  # noqa: T201
     return 1
+
+
+def _garbage(given: argparse.Namespace) -> int:
+    from service.data_folder import DataFolder
+    from service.garbage import GarbageError, collect, storage_of
+    from service.settings import storage_from_environment
+
+    _log_to_stderr()
+    try:
+        if given.data_dir is None:
+            storage = storage_from_environment()
+        else:
+            storage = storage_of(DataFolder(path=given.data_dir.expanduser().absolute()))
+        asyncio.run(collect(storage, deletes=given.delete, as_json=given.json))
+    except GarbageError as error:
+        return _failed(error, command="garbage")
+    return 0
 
 
 def _open_tracker(settings: "Settings") -> "Tracker":

@@ -39,9 +39,14 @@ class DataFolder:
         return self.path / "mlflow"
 
     @property
-    def database_url(self) -> str:
+    def database(self) -> Path:
         """The SQLite file."""
-        return f"sqlite+aiosqlite:///{self.path / 'cim.db'}"
+        return self.path / "cim.db"
+
+    @property
+    def database_url(self) -> str:
+        """The address of that file."""
+        return f"sqlite+aiosqlite:///{self.database}"
 
     @property
     def record(self) -> Path:

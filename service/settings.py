@@ -16,16 +16,22 @@ Seconds = Annotated[float, Field(gt=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free one
 
 
-class Settings(BaseSettings):
-    """One frozen object, built in `service.__main__` and passed down."""
+class Storage(BaseSettings):
+    """Where rows and objects lie, and how long what nothing names is left alone."""
 
     model_config = SettingsConfigDict(env_prefix="CIM_", frozen=True, extra="ignore")
 
-    data_dir: Path = Path(".cim")
     database_url: str  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
     store_url: str  # /absolute/folder or s3://bucket/prefix; credentials come from AWS_... variables
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
+    garbage_after_s: Seconds = 3600.0  # from the end of an attempt until its leftovers may go
+
+
+class Settings(Storage):
+    """One frozen object, built in `service.__main__` and passed down."""
+
+    data_dir: Path = Path(".cim")
     shared_filesystem: bool = False  # workers see this machine's folders, so paths are checked at submit
 
     ray_url: str  # address of Ray's dashboard, e.g. http://127.0.0.1:8265
@@ -43,6 +49,7 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB
     reconcile_every_s: Seconds = 1.0
     forward_every_s: Seconds = 1.0  # metrics and pictures to MLflow
+    garbage_every_s: Seconds = 60.0  # checkpoints beyond the retention take room until the next pass
     start_deadline_s: Seconds = 600.0  # from launch to the worker's first report
     stall_after_s: Seconds = 600.0  # without a report while Ray says that the job runs
     stop_grace_s: Seconds = 20.0  # from the wish to stop until Ray is asked to end the job
@@ -68,3 +75,8 @@ def from_environment() -> Settings:
         pydantic.ValidationError: one is missing or malformed.
     """
     return Settings()  # type: ignore[call-arg]  # each argument is read from the environment
+
+
+def storage_from_environment() -> Storage:
+    """The part of the settings that says where rows and objects lie; raises as `from_environment` does."""
+    return Storage()  # type: ignore[call-arg]  # likewise

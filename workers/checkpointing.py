@@ -1,7 +1,7 @@
 """Checkpoints: all that a resume needs, real only once the service knows its manifest.
 
 Order: files, then `manifest.json`, then the commit at the service. A worker that dies in between
-leaves files that nobody reads.
+leaves files that nobody reads. Nothing is deleted here: only the service knows what is still named.
 """
 
 import json
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from cim_core.engine.state import TrainState, load_state, save_state
 from service.contracts.jobs import FileEntry
 from service.contracts.work import Checkpoint
-from service.store.base import CorruptObjectError, StoreError, check_file
+from service.store.base import CorruptObjectError, check_file
 from workers.cache import locked
 from workers.reporting import insistently
 from workers.storage import JobStore
@@ -22,7 +22,6 @@ from workers.storage import JobStore
 log = logging.getLogger(__name__)
 
 METRICS = "metrics.json"
-KEEP = 2  # of this attempt: the newest, and the one before in case a commit is under way
 
 
 class Commits(Protocol):
@@ -38,7 +37,6 @@ class CheckpointWriter:
 
     def __init__(self, store: JobStore, service: Commits, *, fingerprint: Mapping[str, Any]) -> None:
         self._store, self._service, self._fingerprint = store, service, dict(fingerprint)
-        self._written: list[Checkpoint] = []
 
     def save(self, state: TrainState, *, step: int, metrics: Mapping[str, float]) -> Checkpoint:
         """Write `state` after `step` steps and commit it; `metrics` are the latest of each.
@@ -57,17 +55,7 @@ class CheckpointWriter:
         checkpoint = Checkpoint(step=step, prefix=prefix, files=[*files, last])
         insistently(lambda: self._service.commit_checkpoint(checkpoint))
         log.info("checkpoint committed at step %d", step)
-        self._written = [kept for kept in self._written if kept.step != step] + [checkpoint]
-        self._prune()
         return checkpoint
-
-    def _prune(self) -> None:
-        while len(self._written) > KEEP:
-            old = self._written.pop(0)
-            try:
-                self._store.store.delete_prefix(f"{self._store.prefix}/{old.prefix}")
-            except StoreError as error:
-                log.warning("an old checkpoint stays, step %d: %s", old.step, error)
 
 
 def fetch(checkpoint: Checkpoint, store: JobStore, folder: Path) -> Path:

@@ -30,6 +30,7 @@ from service.cli.connect import (
     print_json_line,
     say,
 )
+from service.cli.garbage import garbage
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -325,6 +326,9 @@ def download(
     else:
         for file in paths:
             out.print(str(file), markup=False, soft_wrap=True)
+
+
+app.command()(garbage)
 
 
 def main() -> None:

@@ -44,6 +44,15 @@ class Limits(Contract):
     )
 
 
+class Checkpoints(Contract):
+    """Which committed checkpoints stay; the newest one always does."""
+
+    keep_last: int = Field(default=2, ge=1, le=1_000_000)
+    keep_every: Duration | None = Field(
+        default=None, description="Beside them the first checkpoint at or after each multiple of this."
+    )
+
+
 class Probe(Contract):
     """Labelled images (CLASS/FILE) for a k-NN probe while pre-training."""
 
@@ -71,6 +80,7 @@ class TokenizerSpec(_Spec):
     data: Data
     model: TokenizerConfig = TokenizerConfig()
     training: TokenizerTrainingConfig
+    checkpoints: Checkpoints = Checkpoints()
 
 
 class PretrainSpec(_Spec):
@@ -81,6 +91,7 @@ class PretrainSpec(_Spec):
     data: Data
     model: ModelConfig
     training: TrainingConfig
+    checkpoints: Checkpoints = Checkpoints()
     probe: Probe | None = None
 
 

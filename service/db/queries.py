@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, or_, select, tuple_
+from sqlalchemy import Select, func, or_, select, tuple_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -103,6 +103,27 @@ async def last_checkpoint(session: AsyncSession, job_id: str) -> CheckpointRow |
         query.order_by(CheckpointRow.step.desc(), CheckpointRow.attempt.desc()).limit(1)
     )
     return row
+
+
+async def checkpoints(session: AsyncSession, job_id: str) -> Sequence[CheckpointRow]:
+    """Every committed checkpoint of a job."""
+    return (await session.scalars(select(CheckpointRow).where(CheckpointRow.job_id == job_id))).all()
+
+
+async def newest_step(session: AsyncSession, job_id: str, attempt: int) -> int | None:
+    """The step of the attempt's newest committed checkpoint."""
+    step: int | None = await session.scalar(
+        select(func.max(CheckpointRow.step)).where(
+            CheckpointRow.job_id == job_id, CheckpointRow.attempt == attempt
+        )
+    )
+    return step
+
+
+async def jobs_to_clean(session: AsyncSession, *, after: str, limit: int) -> Sequence[str]:
+    """Ids beyond `after`, in order, of jobs with an attempt that may have left something behind."""
+    query = select(JobRow.id).where(JobRow.attempt > JobRow.clean_attempt, JobRow.id > after)
+    return (await session.scalars(query.order_by(JobRow.id).limit(limit))).all()
 
 
 async def events(session: AsyncSession, job_id: str, *, after: int, limit: int) -> Sequence[EventRow]:

@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 from sqlalchemy.types import TypeEngine
 
@@ -40,6 +40,9 @@ def _of_job() -> ForeignKey:
     return ForeignKey("jobs.id", ondelete="CASCADE")
 
 
+_UNCLEAN = text("attempt > clean_attempt")
+
+
 class JobRow(Base):
     """One job: what was asked for, where it stands, and what the user wants of it now."""
 
@@ -48,6 +51,7 @@ class JobRow(Base):
         Index(None, "created_at", "id"),
         Index(None, "name", "created_at"),
         Index(None, "state", "created_at"),
+        Index(None, "id", sqlite_where=_UNCLEAN, postgresql_where=_UNCLEAN),
     )
 
     id: Mapped[str] = mapped_column(JobId, primary_key=True)
@@ -65,8 +69,11 @@ class JobRow(Base):
     resolved: Mapped[dict[str, Any]]  # with every default; references as job:ID
     inputs_wait: Mapped[list[str]]  # ids of the jobs that must succeed first
     attempt: Mapped[int] = mapped_column(default=0)  # the fence: a lower one may not write
+    # What the attempts up to this one left behind is gone for good: only later ones need another look.
+    clean_attempt: Mapped[int] = mapped_column(default=0, server_default="0")
     max_attempts: Mapped[int]  # so many may fail
-    forgiven_attempts: Mapped[int] = mapped_column(default=0)  # up to this number, by the user's last retry
+    # Up to this number they count for no limit: the user's last retry.
+    forgiven_attempts: Mapped[int] = mapped_column(default=0, server_default="0")
     not_before: Mapped[datetime | None]
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]

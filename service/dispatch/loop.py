@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from service.db.engine import Sessions
 from service.dispatch.forwarder import Forwarder
+from service.dispatch.garbage import Collector
 from service.dispatch.ray_launcher import RayLauncher
 from service.dispatch.reconciler import Reconciler, Rules
 from service.dispatch.tracker import Tracker
@@ -35,9 +36,11 @@ async def dispatch(
     token = settings.ray_token.get_secret_value() if settings.ray_token else None
     launcher = RayLauncher(settings.ray_url, token=token)
     reconciler = Reconciler(sessions, launcher, store, rules=rules(settings))
+    collector = Collector(sessions, store, after_s=settings.garbage_after_s)
     try:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(repeat(reconciler.run_once, every_s=settings.reconcile_every_s, stop=stop))
+            tasks.create_task(repeat(collector.run_once, every_s=settings.garbage_every_s, stop=stop))
             if settings.mlflow_url is not None:
                 tasks.create_task(_forward(settings, sessions, store, open_tracker=open_tracker, stop=stop))
     finally:

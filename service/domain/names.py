@@ -6,6 +6,8 @@ That makes each outside action safe to repeat: the second try finds what the fir
 import secrets
 
 JOB_ID_LENGTH = 16
+ATTEMPTS = "attempts"  # below a job's prefix: what belongs to one attempt alone
+SHARED = "tokenizers"  # what jobs share; workers write there too
 
 
 def new_job_id() -> str:
@@ -30,7 +32,7 @@ def job_prefix(job_id: str) -> str:
 
 def attempt_prefix(attempt: int) -> str:
     """Where one attempt's checkpoints lie, below the job's prefix."""
-    return f"attempts/{attempt}"
+    return f"{ATTEMPTS}/{attempt}"
 
 
 def checkpoint_prefix(attempt: int, step: int) -> str:

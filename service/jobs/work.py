@@ -18,7 +18,7 @@ from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, 
 from service.db import moves, queries
 from service.db.engine import Sessions
 from service.db.tables import AttemptRow, CheckpointRow, FileRow, JobRow, MetricRow
-from service.domain.names import attempt_prefix, job_prefix
+from service.domain.names import checkpoint_prefix, job_prefix
 from service.errors import BrokenManifestError, NotFoundError, StaleAttemptError
 from service.store.base import ObjectStore
 
@@ -70,16 +70,23 @@ async def commit_checkpoint(
 
     Raises BrokenManifestError where one is not, or where the manifest names another attempt's files.
     """
-    mine = f"{attempt_prefix(number)}/"
-    if not told.prefix.startswith(mine) or not told.files:
-        raise BrokenManifestError(f"a checkpoint of attempt {number} must hold files below {mine}")
+    place = checkpoint_prefix(number, told.step)
+    if told.prefix != place or not told.files:
+        raise BrokenManifestError(
+            f"the checkpoint of attempt {number} at step {told.step} must hold files below {place}, "
+            f"got {len(told.files)} below {told.prefix!r}"
+        )
     if strays := [entry.path for entry in told.files if not entry.path.startswith(f"{told.prefix}/")]:
         raise BrokenManifestError(f"{strays[0]} does not lie below {told.prefix}")
     async with sessions.begin() as session:
         await current(session, job_id, number)
+        if await _is_overtaken(session, job_id, number, told.step):
+            return
     await asyncio.to_thread(check_files, store, job_id, told.files)
     async with sessions.begin() as session:
         await current(session, job_id, number)
+        if await _is_overtaken(session, job_id, number, told.step):
+            return
         row = {
             "job_id": job_id,
             "attempt": number,
@@ -92,6 +99,18 @@ async def commit_checkpoint(
             message = f"attempt {number} committed a checkpoint at step {told.step}"
             moves.note(session, job_id, actor="worker", message=message, now=now)
         await queries.upsert(session, CheckpointRow, [row], key=("job_id", "attempt", "step"))
+
+
+async def _is_overtaken(session: AsyncSession, job_id: str, number: int, step: int) -> bool:
+    """Whether this can only be a late repetition: its files may be gone, and must not be named again.
+
+    An attempt commits in the order of its steps, so a step below a committed one that has no row
+    has had one, which went as garbage. `service.domain.garbage` relies on this.
+    """
+    if await session.get(CheckpointRow, (job_id, number, step)) is not None:
+        return False
+    newest = await queries.newest_step(session, job_id, number)
+    return newest is not None and step < newest
 
 
 async def current(session: AsyncSession, job_id: str, number: int) -> tuple[JobRow, AttemptRow]:

@@ -8,6 +8,7 @@ from service.store.base import (
     ObjectStore,
     StoreError,
     StoreFullError,
+    Upload,
 )
 from service.store.open import open_store
 
@@ -19,5 +20,6 @@ __all__ = [
     "ObjectStore",
     "StoreError",
     "StoreFullError",
+    "Upload",
     "open_store",
 ]

@@ -7,8 +7,9 @@ lies below `jobs/a/`, never `jobs/ab`; the empty prefix means everything.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from service.contracts.jobs import FileEntry
@@ -58,8 +59,19 @@ class Entry:
     size: int  # bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A write that was begun and has not ended. It is no object, but takes room."""
+
+    key: str  # of the object that it is to become, or of the folder where that one would lie
+    id: str  # tells it from others of the same key
+    size: int  # bytes so far
+    touched_at: datetime  # when it last grew, by the store's own clock
+
+
 # A class with a method `list` cannot name the type in its later signatures.
 Entries = list[Entry]
+Uploads = list[Upload]
 FileEntries = list[FileEntry]
 Paths = list[Path]
 
@@ -96,8 +108,20 @@ class ObjectStore(ABC):
         """Key and size, or None when there is no such object."""
 
     @abstractmethod
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete these objects. One that is not there is fine; after a failure some may be left."""
+
+    @abstractmethod
     def delete_prefix(self, prefix: str) -> None:
         """Delete every object below `prefix`. Nothing there is fine; an empty prefix is refused."""
+
+    @abstractmethod
+    def uploads(self, prefix: str = "") -> Uploads:
+        """Every write below `prefix` that has not ended, by key: under way, or its writer was killed."""
+
+    @abstractmethod
+    def abort(self, upload: Upload) -> None:
+        """End an upload without an object; its writer fails if it still lives. One that has ended is fine."""
 
     @abstractmethod
     def presign(self, key: str, *, expires_s: int = 3600) -> str | None:

@@ -4,8 +4,9 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,11 +19,14 @@ from service.store.base import (
     ObjectStore,
     StoreError,
     StoreFullError,
+    Upload,
+    Uploads,
     check_key,
     check_prefix,
 )
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+_TRIES = 100  # to make a file in a folder that is deleted meanwhile, because it was empty
 
 
 class DirectoryStore(ObjectStore):
@@ -80,12 +84,39 @@ class DirectoryStore(ObjectStore):
         with self._explained(key):
             return self._entry(self._path(key))
 
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete these objects. One that is not there is fine; after a failure some may be left."""
+        for key in keys:
+            path = self._path(key)
+            with self._explained(key):
+                with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                    path.unlink()
+                self._delete_empty(path.parent)
+
     def delete_prefix(self, prefix: str) -> None:
         """Delete every object below `prefix`. Nothing there is fine; an empty prefix is refused."""
         folder = self._path(prefix.removesuffix("/"))
         with self._explained(prefix):
             if folder.is_dir():
                 shutil.rmtree(folder)
+
+    def uploads(self, prefix: str = "") -> Uploads:
+        """Every write below `prefix` that has not ended, by key: under way, or its writer was killed."""
+        prefix = check_prefix(prefix)
+        found = []
+        with self._explained(prefix):
+            for folder, _, names in os.walk(self._root / prefix):
+                parts = (Path(folder, name) for name in names if name.startswith(TEMPORARY))
+                found += [upload for part in parts if (upload := self._upload(part)) is not None]
+        return sorted(found, key=lambda upload: (upload.key, upload.id))
+
+    def abort(self, upload: Upload) -> None:
+        """End an upload without an object; its writer fails if it still lives. One that has ended is fine."""
+        assert upload.id.startswith(TEMPORARY), f"not an upload of this store: {upload}"
+        folder = self._root / check_prefix(upload.key)
+        with self._explained(upload.key):
+            (folder / upload.id).unlink(missing_ok=True)
+            self._delete_empty(folder)
 
     def presign(self, key: str, *, expires_s: int = 3600) -> str | None:  # noqa: ARG002
         """None: a folder has no addresses."""
@@ -103,6 +134,28 @@ class DirectoryStore(ObjectStore):
         except FileNotFoundError:  # deleted between the two looks
             return None
 
+    def _upload(self, part: Path) -> Upload | None:
+        try:
+            found = part.stat()
+        except FileNotFoundError:  # it became an object
+            return None
+        folder = part.parent.relative_to(self._root).as_posix()
+        touched_at = datetime.fromtimestamp(found.st_mtime, UTC)
+        return Upload("" if folder == "." else folder, part.name, found.st_size, touched_at)
+
+    def _delete_empty(self, folder: Path) -> None:
+        """Delete the folder and those above it that hold nothing; a listing would walk them for ever."""
+        while folder != self._root:
+            try:
+                folder.rmdir()
+            except FileNotFoundError:
+                pass  # by somebody else
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                return
+            folder = folder.parent
+
     def _chunks(self, key: str) -> Iterator[bytes]:
         with self._explained(key), self._path(key).open("rb") as file:
             while chunk := file.read(CHUNK_BYTES):
@@ -114,8 +167,7 @@ class DirectoryStore(ObjectStore):
         path = self._path(key)
         part = path.parent / f"{TEMPORARY}{secrets.token_hex(8)}"
         with self._explained(key):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = part.open("xb")
+            file = _made(part)
         try:
             yield file
             with self._explained(key):
@@ -144,6 +196,17 @@ class DirectoryStore(ObjectStore):
             f"no room for {key!r} in the object store {self._root}: {error.strerror}, {free} bytes free; "
             "free some space there or set CIM_STORE_URL to a larger disk"
         )
+
+
+def _made(part: Path) -> BinaryIO:
+    """The new file, with its folder."""
+    for _ in range(_TRIES - 1):
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            return part.open("xb")
+        except FileNotFoundError:
+            continue
+    return part.open("xb")
 
 
 def _close(file: BinaryIO) -> None:

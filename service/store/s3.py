@@ -1,6 +1,6 @@
 """An object store in an S3 bucket, or in any server that speaks S3. Credentials: `AWS_...`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from service.store.base import (
     ObjectStore,
     StoreError,
     StoreFullError,
+    Upload,
+    Uploads,
     check_key,
     check_prefix,
 )
@@ -27,6 +29,10 @@ PART_BYTES = 16 << 20
 DELETE_AT_ONCE = 1000  # S3's limit
 MISSING = {"404", "NoSuchKey", "NotFound"}
 FULL = {"507", "InsufficientStorage", "QuotaExceeded", "XMinioStorageFull", "XAmzQuotaExceeded"}
+
+
+class _UploadEndedError(StoreError):
+    """An upload became an object, or was aborted: a later look or try will see which."""
 
 
 class S3Store(ObjectStore):
@@ -72,11 +78,11 @@ class S3Store(ObjectStore):
 
     def list(self, prefix: str = "") -> Entries:
         """Every object below `prefix`, by key; empty when there is none."""
-        folder = "/".join(part for part in (self._prefix, check_prefix(prefix)) if part)
+        place = self._place(prefix)
         entries = []
         with self._explained(prefix):
             pages = self._client.get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self._bucket, Prefix=f"{folder}/" if folder else ""):
+            for page in pages.paginate(Bucket=self._bucket, Prefix=place):
                 entries += [self._entry(found) for found in page.get("Contents", ()) if _is_object(found)]
         return sorted(entries, key=lambda entry: entry.key)
 
@@ -90,21 +96,36 @@ class S3Store(ObjectStore):
             return None
         return Entry(key, size)
 
+    def delete(self, keys: Iterable[str]) -> None:
+        """Delete these objects. One that is not there is fine; after a failure some may be left."""
+        names = [self._name(key) for key in keys]
+        for start in range(0, len(names), DELETE_AT_ONCE):
+            self._delete_batch(names[start : start + DELETE_AT_ONCE])
+
     def delete_prefix(self, prefix: str) -> None:
         """Delete every object below `prefix`. Nothing there is fine; an empty prefix is refused."""
-        names = [self._name(entry.key) for entry in self.list(check_key(prefix.removesuffix("/")))]
-        for start in range(0, len(names), DELETE_AT_ONCE):
-            objects = [{"Key": name} for name in names[start : start + DELETE_AT_ONCE]]
-            with self._explained(prefix):
-                answer = self._client.delete_objects(
-                    Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
-                )
-            if refused := answer.get("Errors"):
-                first = refused[0]
-                raise StoreError(
-                    f"{len(refused)} objects below {prefix!r} were not deleted, "
-                    f"the first is {first.get('Key')!r}: {first.get('Message')}"
-                )
+        self.delete([entry.key for entry in self.list(check_key(prefix.removesuffix("/")))])
+
+    def uploads(self, prefix: str = "") -> Uploads:
+        """Every write below `prefix` that has not ended, by key: under way, or its writer was killed."""
+        place = self._place(prefix)
+        found = []
+        with self._explained(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads")
+            for page in pages.paginate(Bucket=self._bucket, Prefix=place):
+                # Not every server minds the prefix.
+                begun = [one for one in page.get("Uploads", ()) if str(one["Key"]).startswith(place)]
+                found += [upload for one in begun if (upload := self._upload(one)) is not None]
+        return sorted(found, key=lambda upload: (upload.key, upload.id))
+
+    def abort(self, upload: Upload) -> None:
+        """End an upload without an object; its writer fails if it still lives. One that has ended is fine."""
+        name = self._name(upload.key)
+        try:
+            with self._explained(upload.key):
+                self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload.id)
+        except _UploadEndedError:
+            return
 
     def presign(self, key: str, *, expires_s: int = 3600) -> str | None:
         """An address that anyone may GET for `expires_s` seconds."""
@@ -116,9 +137,42 @@ class S3Store(ObjectStore):
         check_key(key)
         return f"{self._prefix}/{key}" if self._prefix else key
 
+    def _place(self, prefix: str) -> str:
+        """What the names of all objects below `prefix` begin with."""
+        folder = "/".join(part for part in (self._prefix, check_prefix(prefix)) if part)
+        return f"{folder}/" if folder else ""
+
+    def _key(self, name: str) -> str:
+        return name[len(self._prefix) + 1 :] if self._prefix else name
+
     def _entry(self, found: dict[str, Any]) -> Entry:
-        name = str(found["Key"])
-        return Entry(name[len(self._prefix) + 1 :] if self._prefix else name, int(found["Size"]))
+        return Entry(self._key(str(found["Key"])), int(found["Size"]))
+
+    def _upload(self, begun: dict[str, Any]) -> Upload | None:
+        name, number = str(begun["Key"]), str(begun["UploadId"])
+        size, touched_at = 0, begun["Initiated"]
+        try:
+            with self._explained(name):
+                pages = self._client.get_paginator("list_parts")
+                for page in pages.paginate(Bucket=self._bucket, Key=name, UploadId=number):
+                    for part in page.get("Parts", ()):
+                        size, touched_at = size + part["Size"], max(touched_at, part["LastModified"])
+        except _UploadEndedError:
+            return None
+        return Upload(self._key(name), number, size, touched_at)
+
+    def _delete_batch(self, names: Sequence[str]) -> None:
+        objects = [{"Key": name} for name in names]
+        with self._explained(self._key(names[0])):
+            answer = self._client.delete_objects(
+                Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
+            )
+        if refused := answer.get("Errors"):
+            first = refused[0]
+            raise StoreError(
+                f"{len(refused)} of {len(names)} objects were not deleted, "
+                f"the first is {first.get('Key')!r}: {first.get('Message')}"
+            )
 
     def _chunks(self, key: str, body: Any) -> Iterator[bytes]:
         with self._explained(key):
@@ -141,6 +195,8 @@ class S3Store(ObjectStore):
         where = f"s3://{self._bucket}/{self._prefix}".removesuffix("/")
         if code in MISSING:
             return MissingObjectError(f"there is no {key!r} in {where}")
+        if code == "NoSuchUpload":
+            return _UploadEndedError(f"the upload of {key!r} to {where} was ended by somebody else")
         if code == "NoSuchBucket":
             return StoreError(f"the bucket {self._bucket!r} does not exist; make it or correct CIM_STORE_URL")
         if code in FULL:

@@ -145,11 +145,22 @@ class WorkContract:
             answer = await world.tell(job_id, 1, "checkpoints", told)
             assert (answer.status_code, answer.json()["code"]) == (409, "broken_manifest")
 
-    @pytest.mark.parametrize("prefix", ["attempts/2/checkpoints/step-5", "attempts/1/../../other", "encoder"])
-    async def test_checkpoint__lies_below_its_attempt(self, world: World, prefix: str) -> None:
+    @pytest.mark.parametrize(
+        "prefix",
+        [
+            "attempts/1/checkpoints/step-4",
+            "attempts/2/checkpoints/step-5",
+            "attempts/1/../../other",
+            "encoder",
+        ],
+    )
+    async def test_checkpoint__lies_where_its_attempt_and_step_say(self, world: World, prefix: str) -> None:
         job_id = await running(world)
         told = {**checkpoint(world, job_id, attempt=1, step=5), "prefix": prefix}
-        told["files"] = [{**entry, "path": f"{prefix}/x"} for entry in told["files"]]
+        if ".." in prefix:
+            told["files"] = [{**entry, "path": f"{prefix}/x"} for entry in told["files"]]
+        else:  # the place is all that is wrong
+            told["files"] = [world.file(job_id, f"{prefix}/x")]
         assert (await world.tell(job_id, 1, "checkpoints", told)).status_code in (400, 409)
 
     async def test_finish__a_success_names_its_files(self, world: World) -> None:

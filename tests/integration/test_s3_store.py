@@ -15,7 +15,7 @@ import pytest
 
 from service.store import Entry, MissingObjectError, ObjectStore, StoreError, open_store
 from service.store.s3 import PART_BYTES, S3Store
-from tests.unit.service.store_contract import StoreContract
+from tests.unit.service.store_contract import Begin, StoreContract
 
 BUCKET = "pictures"
 READY_WITHIN_S = 60
@@ -76,6 +76,15 @@ class TestS3Store(StoreContract):
     def store(self, endpoint: str, bucket: Any) -> ObjectStore:
         return open_store(f"s3://{BUCKET}/team a/cim", endpoint_url=endpoint)
 
+    @pytest.fixture
+    def begin(self, bucket: Any) -> Begin:
+        def leave(key: str, data: bytes) -> None:
+            name = f"team a/cim/{key}"
+            upload = bucket.create_multipart_upload(Bucket=BUCKET, Key=name)["UploadId"]
+            bucket.upload_part(Bucket=BUCKET, Key=name, UploadId=upload, PartNumber=1, Body=data)
+
+        return leave
+
 
 @pytest.fixture
 def store(endpoint: str, bucket: Any) -> ObjectStore:
@@ -102,6 +111,33 @@ def test_list__folder_markers_are_no_objects(store: ObjectStore, bucket: Any) ->
     bucket.put_object(Bucket=BUCKET, Key="cim/jobs/a/", Body=b"")
     store.put_bytes("jobs/a/x", b"")
     assert [entry.key for entry in store.list("jobs")] == ["jobs/a/x"]
+
+
+def test_uploads__below_another_prefix_are_not_ours(store: ObjectStore, bucket: Any) -> None:
+    bucket.create_multipart_upload(Bucket=BUCKET, Key="cimx/other")
+    upload = bucket.create_multipart_upload(Bucket=BUCKET, Key="cim/jobs/a/x")["UploadId"]
+    assert [(one.key, one.id, one.size) for one in store.uploads()] == [("jobs/a/x", upload, 0)]
+
+
+def test_uploads__a_writer_whose_upload_was_aborted_may_try_again(
+    store: ObjectStore, bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "large"
+    source.write_bytes(bytes(PART_BYTES + 1))
+    client = store._client  # type: ignore[attr-defined]
+    complete = client.complete_multipart_upload
+
+    def too_late(**given: Any) -> Any:
+        store.abort(*store.uploads())
+        return complete(**given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "complete_multipart_upload", too_late)
+        with pytest.raises(StoreError):
+            store.put_file("large", source)
+    store.put_file("large", source)
+    assert store.uploads() == []
+    assert store.list() == [Entry("large", PART_BYTES + 1)]
 
 
 def test_list_and_delete__go_beyond_one_page(store: ObjectStore, bucket: Any) -> None:

@@ -2,6 +2,9 @@
 
 import hashlib
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +29,14 @@ BAD_KEYS = [
 ]
 
 
+Begin = Callable[[str, bytes], None]
+
+
 class StoreContract:
-    """Subclasses give a fixture `store`, empty at the start of each test."""
+    """Subclasses give a fixture `store`, empty at the start of each test.
+
+    Their fixture `begin` leaves the write of a key as a killed writer does, after some bytes.
+    """
 
     def test_bytes__come_back(self, store: ObjectStore) -> None:
         store.put_bytes("jobs/a/spec.json", b"\x00\xff{}")
@@ -86,6 +95,60 @@ class StoreContract:
         assert store.list("jobs/a") == below_a
         assert store.list("jobs/a/") == below_a
         assert [entry.key for entry in store.list()] == ["jobs/a/1/x", "jobs/a/2", "jobs/ab/3", "other"]
+
+    def test_delete__takes_these_keys_and_no_others(self, store: ObjectStore) -> None:
+        for key in ("jobs/a/1/x", "jobs/a/1/y", "jobs/a/2", "jobs/ab/3"):
+            store.put_bytes(key, b"")
+        store.delete(["jobs/a/1/x", "jobs/a/2"])
+        assert [entry.key for entry in store.list()] == ["jobs/a/1/y", "jobs/ab/3"]
+
+    def test_delete__what_is_no_object_is_fine(self, store: ObjectStore) -> None:
+        store.put_bytes("jobs/a/x", b"")
+        store.delete([])
+        store.delete(["no/such", "jobs/a", "jobs/a/x/y"])
+        assert [entry.key for entry in store.list()] == ["jobs/a/x"]
+
+    def test_delete__a_bad_key_is_refused(self, store: ObjectStore) -> None:
+        for key in BAD_KEYS:
+            with pytest.raises(InvalidKeyError):
+                store.delete([key])
+
+    def test_delete__beside_writers_of_the_same_folder(self, store: ObjectStore) -> None:
+        def write(name: str) -> None:
+            for _ in range(25):
+                store.put_bytes(f"folder/inner/{name}", b"x")
+                store.delete([f"folder/inner/{name}"])
+            store.put_bytes(f"folder/inner/{name}", b"last")
+
+        # A failure in a thread would only be printed.
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(write, "abcd"))
+        assert store.list() == [Entry(f"folder/inner/{name}", 4) for name in "abcd"]
+
+    def test_uploads__are_no_objects_until_they_end(self, store: ObjectStore, begin: Begin) -> None:
+        store.put_bytes("jobs/a/whole", b"x")
+        for key in ("jobs/a/1/x", "jobs/ab/x", "top"):
+            begin(key, b"half")
+        assert [entry.key for entry in store.list()] == ["jobs/a/whole"]
+        assert len(store.uploads()) == 3
+        (found,) = store.uploads("jobs/a")
+        assert found.key in ("jobs/a/1/x", "jobs/a/1")
+        assert found.size == 4
+        assert abs(found.touched_at - datetime.now(UTC)) < timedelta(minutes=5)
+        assert store.uploads("jobs/a/whole") == store.uploads("none") == []
+
+    def test_abort__leaves_other_uploads_and_objects(self, store: ObjectStore, begin: Begin) -> None:
+        for key in ("jobs/a/x", "jobs/a/x", "jobs/b/x"):
+            begin(key, b"half")
+        store.put_bytes("jobs/b/x", b"whole")
+        first, second = store.uploads("jobs/a")
+        for _ in range(2):
+            store.abort(first)
+        assert store.uploads("jobs/a") == [second]
+        for upload in store.uploads():
+            store.abort(upload)
+        assert store.uploads() == []
+        assert store.list() == [Entry("jobs/b/x", 5)]
 
     def test_delete__takes_the_folder_and_leaves_its_neighbours(self, store: ObjectStore) -> None:
         for key in ("jobs/a/2", "jobs/a/1/x", "jobs/ab/3"):

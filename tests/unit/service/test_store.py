@@ -2,6 +2,7 @@
 
 import errno
 import os
+import secrets
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from service.store import MissingObjectError, ObjectStore, StoreError, StoreFullError, open_store
+from service.store.base import TEMPORARY
 from service.store.directory import DirectoryStore
 from service.store.s3 import S3Store
-from tests.unit.service.store_contract import StoreContract
+from tests.fakes.stepping_store import SteppingStore
+from tests.unit.service.store_contract import Begin, StoreContract
 
 MIB = 1 << 20
 
@@ -22,6 +25,44 @@ class TestDirectoryStore(StoreContract):
     @pytest.fixture
     def store(self, tmp_path: Path) -> ObjectStore:
         return open_store(str(tmp_path / "objects"))
+
+    @pytest.fixture
+    def begin(self, tmp_path: Path) -> Begin:
+        return partial(leave_half, tmp_path / "objects")
+
+
+class TestSteppingStore(TestDirectoryStore):
+    @pytest.fixture
+    def store(self, tmp_path: Path) -> ObjectStore:
+        return SteppingStore(DirectoryStore(tmp_path / "objects"))
+
+
+def leave_half(root: Path, key: str, data: bytes) -> None:
+    """What a writer leaves that is killed before its last step."""
+    part = (root / key).parent / f"{TEMPORARY}{secrets.token_hex(8)}"
+    part.parent.mkdir(parents=True, exist_ok=True)
+    part.write_bytes(data)
+
+
+def test_leave_half__is_where_a_writer_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, seen = DirectoryStore(tmp_path), []
+    monkeypatch.setattr(os, "fsync", lambda _handle: seen.append(store.uploads()))
+    store.put_bytes("a/k", b"half")
+    leave_half(tmp_path, "a/k", b"half")
+    ((under_way,), (left,)) = seen[0], store.uploads()
+    assert (under_way.key, under_way.id[:10]) == (left.key, left.id[:10]) == ("a", ".cim-part-")
+
+
+def test_delete__leaves_no_empty_folders(tmp_path: Path) -> None:
+    store = DirectoryStore(tmp_path / "objects")
+    for key in ("a/b/c/x", "a/b/y", "z"):
+        store.put_bytes(key, b"")
+    leave_half(tmp_path / "objects", "half/x", b"")
+    store.delete(["a/b/c/x"])
+    assert not (tmp_path / "objects/a/b/c").exists()
+    store.delete(["a/b/y", "z"])
+    store.abort(*store.uploads())
+    assert list(tmp_path.rglob("*")) == [tmp_path / "objects"]
 
 
 def test_put__the_synced_file_takes_its_place_in_one_step(

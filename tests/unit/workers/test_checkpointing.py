@@ -60,11 +60,12 @@ def test_save__a_stale_attempt_hears_it(writer: CheckpointWriter, work: FakeWork
         writer.save(state(seed=0), step=5, metrics={})
 
 
-def test_save__only_the_two_newest_stay(writer: CheckpointWriter, store: JobStore) -> None:
+def test_save__deletes_nothing(writer: CheckpointWriter, work: FakeWork, store: JobStore) -> None:
     for step in (1, 2, 3, 4):
         writer.save(state(seed=0), step=step, metrics={})
-    folders = {entry.key.split("/")[-2] for entry in store.store.list("jobs/ab12/attempts/2/checkpoints")}
-    assert folders == {"step-3", "step-4"}
+    stored = {entry.key for entry in store.store.list("jobs/ab12")}
+    assert stored == {f"jobs/ab12/{entry.path}" for told in work.checkpoints for entry in told.files}
+    assert len(work.checkpoints) == 4
 
 
 def test_restore__brings_back_weights_moments_step_and_metrics(

@@ -1,0 +1,395 @@
+"""What removing garbage must do on every database and object store."""
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import event, select
+
+from service.contracts.jobs import JobState as S
+from service.contracts.work import Assignment, Checkpoint, StoreAddress
+from service.db import queries
+from service.db.tables import EventRow
+from service.dispatch.garbage import Collector
+from service.domain.names import checkpoint_prefix, job_prefix, submission_id
+from service.jobs import garbage, work
+from service.jobs.garbage import Pass, Removed
+from service.store.base import ObjectStore
+from tests.fakes.control_plane import ControlPlane
+from tests.fakes.launcher import CrashError
+from tests.fakes.stepping_store import SteppingStore
+from tests.unit.service.store_contract import Begin
+
+AFTER_S = 3600.0
+STORAGE = {"kind": "storage", "message": "refused"}
+
+
+def collector(plane: ControlPlane) -> Collector:
+    """A fresh one: it remembers nothing."""
+    return Collector(plane.sessions, plane.store, after_s=AFTER_S, clock=lambda: plane.now)
+
+
+async def dry_run(plane: ControlPlane) -> list[Removed]:
+    """What a pass would remove now."""
+    look = Pass(now=plane.now, before=plane.now - timedelta(seconds=AFTER_S), deletes=False)
+    found = [
+        await garbage.sweep_job(plane.sessions, plane.store, job_id, look=look)
+        async for job_id in garbage.jobs(plane.sessions)
+    ]
+    return [removed for removed in found if removed]
+
+
+async def running(plane: ControlPlane, **changes: Any) -> str:
+    """A job whose first attempt has reported."""
+    job_id = await plane.submit(**changes)
+    await plane.reconciler().run_once()
+    await plane.report(job_id, 1)
+    return job_id
+
+
+async def commit(plane: ControlPlane, job_id: str, attempt: int, *steps: int) -> None:
+    """Upload and commit checkpoints as a worker does."""
+    for step in steps:
+        prefix = checkpoint_prefix(attempt, step)
+        files = [plane.put(job_id, f"{prefix}/{name}", b"weights") for name in ("state", "manifest.json")]
+        await committed(plane, job_id, attempt, Checkpoint(step=step, prefix=prefix, files=files))
+
+
+async def committed(plane: ControlPlane, job_id: str, attempt: int, told: Checkpoint) -> None:
+    """The commit alone."""
+    await work.commit_checkpoint(plane.sessions, plane.store, job_id, attempt, told, now=plane.now)
+
+
+async def failed(plane: ControlPlane, job_id: str, attempt: int) -> None:
+    """End an attempt so that another one follows, and start that."""
+    await plane.finish(job_id, attempt, outcome="failed", failure=STORAGE)
+    plane.advance(60)
+    for _ in range(2):
+        await plane.reconciler().run_once()
+    assert (await plane.job(job_id)).attempt == attempt + 1
+
+
+async def assigned(plane: ControlPlane, job_id: str, attempt: int) -> Assignment:
+    """What the attempt's worker is told."""
+    async with plane.sessions.begin() as session:
+        return await work.assignment(session, job_id, attempt, store=StoreAddress(url="/x"))
+
+
+async def named(plane: ControlPlane, job_id: str) -> set[str]:
+    """The path of every file that a row of the job names."""
+    async with plane.sessions.begin() as session:
+        rows = await queries.checkpoints(session, job_id)
+        paths = {str(entry["path"]) for row in rows for entry in row.files}
+        return paths | {row.path for row in await queries.files(session, job_id)}
+
+
+async def steps(plane: ControlPlane, job_id: str) -> list[int]:
+    """Of the committed checkpoints."""
+    async with plane.sessions.begin() as session:
+        return sorted(row.step for row in await queries.checkpoints(session, job_id))
+
+
+def stored(plane: ControlPlane, job_id: str) -> set[str]:
+    """The path of every object of the job."""
+    prefix = job_prefix(job_id)
+    return {entry.key.removeprefix(f"{prefix}/") for entry in inner(plane).list(prefix)}
+
+
+def inner(plane: ControlPlane) -> ObjectStore:
+    """The store behind the steps."""
+    assert isinstance(plane.store, SteppingStore)
+    return plane.store.inner
+
+
+async def notes(plane: ControlPlane, job_id: str) -> list[str]:
+    """What the dispatcher noted of removals."""
+    query = select(EventRow.message).where(EventRow.job_id == job_id, EventRow.message.startswith("removed"))
+    async with plane.sessions.begin() as session:
+        return list(await session.scalars(query.order_by(EventRow.id)))
+
+
+class Cut:
+    """Kills the process at the n-th step: before a commit, a look at the store, or a deletion."""
+
+    def __init__(self, plane: ControlPlane, *, at: int) -> None:
+        self.happened, self._left = False, at
+        self._plane, self._engine = plane, plane.sessions.kw["bind"].sync_engine
+
+    def __enter__(self) -> "Cut":
+        assert isinstance(self._plane.store, SteppingStore)
+        self._plane.store.on_step = self._step
+        event.listen(self._engine, "commit", self._step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert isinstance(self._plane.store, SteppingStore)
+        self._plane.store.on_step = lambda: None
+        event.remove(self._engine, "commit", self._step)
+
+    def _step(self, *_: object) -> None:
+        self._left -= 1
+        if self._left < 0 and not self.happened:
+            self.happened = True
+            raise CrashError
+
+
+class Scene:
+    """A job that goes on in its second attempt, and one that has ended; with all kinds of garbage."""
+
+    live: str
+    ended: str
+    under_way: frozenset[str]  # of the live attempt
+
+    async def set(self, plane: ControlPlane, begin: Begin) -> "Scene":
+        """Let it all happen, long ago but for the live attempt."""
+        self.ended = await running(plane)
+        await commit(plane, self.ended, 1, 10, 20, 30)
+        for path in ("attempts/1/ray/run/snapshot.json", "attempts/1/checkpoints/step-15/state"):
+            plane.put(self.ended, path, b"left")
+        begin(f"{job_prefix(self.ended)}/encoder/model.safetensors", b"half")
+        encoder = plane.put(self.ended, "encoder/model.safetensors", b"encoder")
+        await plane.finish(self.ended, 1, step=30, total_steps=30, files=[encoder.model_dump()])
+        self.live = await running(plane)
+        await commit(plane, self.live, 1, 10)
+        plane.put(self.live, "attempts/1/checkpoints/step-35/state", b"never committed")
+        begin(f"{job_prefix(self.live)}/attempts/1/checkpoints/step-35/manifest.json", b"half")
+        plane.put(self.live, "spec.json", b"{}")
+        await failed(plane, self.live, 1)
+        await plane.reconciler().run_once()
+        plane.advance(2 * AFTER_S)
+        await plane.report(self.live, 2)
+        await commit(plane, self.live, 2, 40, 50, 60)
+        begin(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70/state", b"half")
+        self.under_way = frozenset({"attempts/2/checkpoints/step-70/manifest.json", "spec.json"})
+        plane.put(self.live, "attempts/2/checkpoints/step-70/manifest.json", b"under way")
+        return self
+
+    async def assert_whole(self, plane: ControlPlane) -> None:
+        """Nothing that a row names is missing, and nothing that is being written."""
+        for job_id in (self.live, self.ended):
+            assert await named(plane, job_id) <= stored(plane, job_id)
+        assert self.under_way <= stored(plane, self.live)
+
+    async def assert_clean(self, plane: ControlPlane) -> None:
+        """Nothing else is left."""
+        await self.assert_whole(plane)
+        assert await steps(plane, self.ended) == [20, 30]
+        assert await steps(plane, self.live) == [50, 60]
+        assert stored(plane, self.ended) == await named(plane, self.ended)
+        assert stored(plane, self.live) == await named(plane, self.live) | self.under_way
+        assert "encoder/model.safetensors" in stored(plane, self.ended)
+        (upload,) = inner(plane).uploads()
+        assert upload.key.startswith(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70")
+        assert [row.clean_attempt for row in (await plane.job(self.ended), await plane.job(self.live))] == [
+            1,
+            0,
+        ]
+        assert await notes(plane, self.ended) == ["removed checkpoint at step 10"]
+        assert await notes(plane, self.live) == ["removed checkpoints at steps 10, 40"]
+
+
+class GarbageContract:
+    """Subclasses give `plane`, whose store is a `SteppingStore`, and `begin`, as of the store's contract."""
+
+    async def test_pass__removes_what_nothing_names_and_nothing_else(
+        self, plane: ControlPlane, begin: Begin
+    ) -> None:
+        scene = await Scene().set(plane, begin)
+        await collector(plane).run_once()
+        await scene.assert_clean(plane)
+
+    async def test_dry_run__says_the_same_and_touches_nothing(
+        self, plane: ControlPlane, begin: Begin
+    ) -> None:
+        scene = await Scene().set(plane, begin)
+        before = {job_id: stored(plane, job_id) for job_id in (scene.live, scene.ended)}
+        told = {removed.place: removed for removed in await dry_run(plane)}
+        assert {job_id: stored(plane, job_id) for job_id in before} == before
+        assert await steps(plane, scene.live) == [10, 40, 50, 60]
+        assert len(inner(plane).uploads()) == 3
+        await collector(plane).run_once()
+        for job_id, paths in before.items():
+            removed = told[job_prefix(job_id)]
+            gone = {f"{removed.place}/{path}" for path in paths - stored(plane, job_id)}
+            assert set(removed.keys) == gone
+            assert removed.num_uploads == 1
+        assert told[job_prefix(scene.live)].steps == (10, 40)
+        assert told[job_prefix(scene.ended)].size_bytes == 2 * len(b"weights") + 3 * len(b"left")
+        assert await dry_run(plane) == []
+
+    async def test_killed__at_every_single_step_the_next_pass_finds_the_rest(
+        self, plane: ControlPlane, begin: Begin
+    ) -> None:
+        at = 0
+        while True:
+            scene = await Scene().set(plane, begin)
+            with Cut(plane, at=at) as cut:
+                try:
+                    await collector(plane).run_once()
+                except CrashError:
+                    await scene.assert_whole(plane)
+            await collector(plane).run_once()
+            await scene.assert_clean(plane)
+            await _end(plane, scene)
+            if not cut.happened:
+                break
+            at += 1
+        assert at >= 20
+
+    async def test_resume__during_a_pass_finds_its_checkpoint(self, plane: ControlPlane) -> None:
+        job_id = await running(plane, resolved=_resolved(keep_last=1))
+        await commit(plane, job_id, 1, 10, 20, 30)
+        await failed(plane, job_id, 1)
+        plane.advance(2 * AFTER_S)
+        looks: list[int] = []
+
+        async def look() -> None:
+            checkpoint = (await assigned(plane, job_id, 2)).checkpoint
+            assert checkpoint is not None
+            assert {entry.path for entry in checkpoint.files} <= stored(plane, job_id)
+            looks.append(checkpoint.step)
+
+        await _at_each_step(plane, look)
+        assert looks == [30] * 7  # two looks at the job, four deletions, one look at what jobs share
+        assert await steps(plane, job_id) == [30]
+
+    async def test_commits__beside_passes_keep_the_newest_whole(self, plane: ControlPlane) -> None:
+        job_id = await running(plane, resolved=_resolved(keep_last=1))
+        done = asyncio.Event()
+
+        async def passes() -> None:
+            while not done.is_set():
+                await collector(plane).run_once()
+                await asyncio.sleep(0)
+
+        async def commits() -> None:
+            for step in range(1, 13):
+                await commit(plane, job_id, 1, step)
+                checkpoint = (await assigned(plane, job_id, 1)).checkpoint
+                assert checkpoint is not None
+                assert checkpoint.step == step
+                assert {entry.path for entry in checkpoint.files} <= stored(plane, job_id)
+            done.set()
+
+        async with asyncio.TaskGroup() as tasks:
+            for work_of in (passes, passes, commits):
+                tasks.create_task(work_of())
+        await collector(plane).run_once()
+        assert await steps(plane, job_id) == [12]
+        assert stored(plane, job_id) == await named(plane, job_id)
+        # Two passes that overlap tell of each removal once.
+        assert _steps_of(await notes(plane, job_id)) == list(range(1, 12))
+
+    async def test_commit__a_late_repetition_does_not_bring_a_removed_checkpoint_back(
+        self, plane: ControlPlane
+    ) -> None:
+        job_id = await running(plane)
+        await commit(plane, job_id, 1, 10)
+        first = (await assigned(plane, job_id, 1)).checkpoint
+        assert first is not None
+        await commit(plane, job_id, 1, 20, 30)
+        await collector(plane).run_once()
+        await committed(plane, job_id, 1, first)
+        for entry in first.files:  # even if its files were there again
+            inner(plane).put_bytes(f"{job_prefix(job_id)}/{entry.path}", b"weights")
+        await committed(plane, job_id, 1, first)
+        assert await steps(plane, job_id) == [20, 30]
+
+    async def test_keep_every__keeps_all_until_the_plan_is_known(self, plane: ControlPlane) -> None:
+        resolved = _resolved(keep_last=1, keep_every={"epochs": 2.0})
+        job_id = await running(plane, resolved=resolved)
+        await commit(plane, job_id, 1, *range(10, 70, 10))
+        await collector(plane).run_once()
+        assert await steps(plane, job_id) == [10, 20, 30, 40, 50, 60]
+        async with plane.sessions.begin() as session:
+            job = await queries.job(session, job_id)
+            assert job is not None
+            # An epoch of 12.5 steps: multiples at 25 and 50.
+            job.resolved = {**resolved, "plan": {"batch_size": 8, "num_images": 100, "total_steps": 60}}
+        await collector(plane).run_once()
+        assert await steps(plane, job_id) == [30, 50, 60]
+
+    async def test_finished__is_looked_at_until_the_cluster_runs_it_no_longer(
+        self, plane: ControlPlane
+    ) -> None:
+        job_id = await running(plane)
+        await plane.finish(job_id, 1)
+        plane.advance(2 * AFTER_S)
+        await collector(plane).run_once()
+        plane.put(job_id, "attempts/1/checkpoints/step-9/state", b"by a process that woke up")
+        assert [removed.num_uploads for removed in await dry_run(plane)] == [0]
+        plane.launcher.jobs.pop(submission_id(job_id, 1))
+        await plane.reconciler().run_once()
+        await collector(plane).run_once()
+        assert stored(plane, job_id) == set()
+        assert [i async for i in garbage.jobs(plane.sessions)] == []
+
+    async def test_grace__leftovers_of_an_attempt_stay_as_long(self, plane: ControlPlane) -> None:
+        job_id = await running(plane)
+        await commit(plane, job_id, 1, 10, 20, 30)
+        plane.put(job_id, "attempts/1/checkpoints/step-40/state", b"never committed")
+        await plane.finish(job_id, 1, outcome="failed", failure={"kind": "user", "message": "too few images"})
+        plane.advance(AFTER_S - 1)
+        await collector(plane).run_once()
+        assert await steps(plane, job_id) == [20, 30]
+        assert len(stored(plane, job_id)) == 5
+        plane.advance(1)
+        await collector(plane).run_once()
+        assert stored(plane, job_id) == await named(plane, job_id)
+        assert (await plane.job(job_id)).state is S.FAILED
+
+    async def test_silent__an_attempt_that_may_still_write_loses_nothing(
+        self, plane: ControlPlane, begin: Begin
+    ) -> None:
+        job_id = await running(plane)
+        await commit(plane, job_id, 1, 10)
+        plane.put(job_id, "attempts/1/checkpoints/step-20/state", b"under way")
+        begin(f"{job_prefix(job_id)}/attempts/1/checkpoints/step-20/manifest.json", b"half")
+        plane.advance(2 * AFTER_S)
+        await collector(plane).run_once()
+        assert len(stored(plane, job_id)) == 3
+        assert len(inner(plane).uploads()) == 1
+
+    async def test_shared__writes_that_never_ended_go(self, plane: ControlPlane, begin: Begin) -> None:
+        begin("tokenizers/dall-e/ab/model.safetensors", b"half")
+        inner(plane).put_bytes("tokenizers/dall-e/ab/config.json", b"{}")
+        await collector(plane).run_once()
+        assert len(inner(plane).uploads()) == 1
+        plane.advance(2 * AFTER_S)
+        await collector(plane).run_once()
+        assert inner(plane).uploads() == []
+        assert [entry.key for entry in inner(plane).list()] == ["tokenizers/dall-e/ab/config.json"]
+
+
+async def _at_each_step(plane: ControlPlane, look: Callable[[], Any]) -> None:
+    """One pass, with `look` awaited before each of its steps in the object store."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(plane.store, SteppingStore)
+
+    def on_step() -> None:
+        asyncio.run_coroutine_threadsafe(look(), loop).result(timeout=60)
+
+    plane.store.on_step = on_step
+    await collector(plane).run_once()
+    plane.store.on_step = lambda: None
+
+
+async def _end(plane: ControlPlane, scene: Scene) -> None:
+    """Make room for the next scene."""
+    await plane.finish(scene.live, 2, step=70, total_steps=70)
+    plane.launcher.forget_everything()
+    await plane.reconciler().run_once()
+    plane.advance(2 * AFTER_S)
+    await collector(plane).run_once()
+    assert [job_id async for job_id in garbage.jobs(plane.sessions)] == []
+
+
+def _resolved(**checkpoints: Any) -> dict[str, Any]:
+    resources = {"workers": 1, "gpus_per_worker": 0, "cpus_per_worker": 1}
+    return {"kind": "tokenizer", "name": "job", "resources": resources, "checkpoints": checkpoints}
+
+
+def _steps_of(told: Iterable[str]) -> list[int]:
+    return sorted(int(step) for note in told for step in re.findall(r"\d+", note))

@@ -1,0 +1,130 @@
+"""The collector on SQLite and a folder."""
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import pytest
+from pydantic import SecretStr
+
+from service.dispatch.loop import dispatch
+from service.dispatch.tracker import Tracker
+from service.domain.names import SHARED, job_prefix
+from service.jobs import garbage
+from service.settings import Settings
+from service.store.base import Entries, StoreError, Uploads
+from tests.fakes.control_plane import ControlPlane, control_plane
+from tests.fakes.garbage_contract import GarbageContract, collector, commit, named, running, steps, stored
+from tests.fakes.stepping_store import SteppingStore
+from tests.unit.service.store_contract import Begin
+from tests.unit.service.test_store import leave_half
+
+
+@pytest.fixture
+async def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ControlPlane]:
+    monkeypatch.setattr(os, "fsync", lambda _handle: None)  # as for the database: no power is lost here
+    async with control_plane(tmp_path) as made:
+        # Writes that never ended have the store's own time.
+        made.now, made.store = datetime.now(UTC), SteppingStore(made.store)
+        yield made
+
+
+class TestCollector(GarbageContract):
+    @pytest.fixture
+    def begin(self, tmp_path: Path) -> Begin:
+        return partial(leave_half, tmp_path / "objects")
+
+
+async def test_log__one_line_for_each_job_that_lost_something(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = await running(plane), await running(plane)
+    await commit(plane, first, 1, 10, 20, 30)
+    await commit(plane, second, 1, 10)
+    caplog.set_level(logging.INFO, logger="service.dispatch.garbage")
+    for _ in range(2):
+        await collector(plane).run_once()
+    assert caplog.messages == [f"jobs/{first}: removed checkpoint at step 10; 2 files; 0.0 MB"]
+
+
+async def test_store_away__costs_one_line_and_no_row_without_its_files(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    await commit(plane, job_id, 1, 10, 20, 30)
+    passes = collector(plane)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("refused")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plane.store, "delete", refuse)
+        for _ in range(3):
+            await passes.run_once()
+    assert caplog.messages == ["garbage waits: refused"]
+    assert await named(plane, job_id) < stored(plane, job_id)
+    await passes.run_once()
+    assert await named(plane, job_id) == stored(plane, job_id)
+    assert await steps(plane, job_id) == [20, 30]
+
+
+async def test_one_broken_job__does_not_stop_the_others(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ids = sorted([await running(plane), await running(plane)])
+    for job_id in ids:
+        await commit(plane, job_id, 1, 10, 20, 30)
+    look = plane.store.list
+
+    def fail_for_the_first(prefix: str = "") -> Entries:
+        if prefix.startswith(job_prefix(ids[0])):
+            raise RuntimeError("a bug")
+        return look(prefix)
+
+    monkeypatch.setattr(plane.store, "list", fail_for_the_first)
+    await collector(plane).run_once()
+    assert [await steps(plane, job_id) for job_id in ids] == [[10, 20, 30], [20, 30]]
+    assert "could not be looked through" in caplog.text
+
+
+async def test_jobs__all_are_found_in_several_reads(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "_JOBS_A_READ", 2)
+    for num_jobs in range(6):
+        assert len([job_id async for job_id in garbage.jobs(plane.sessions)]) == num_jobs
+        await running(plane)
+
+
+async def test_dispatcher__removes_garbage_although_ray_is_away(
+    plane: ControlPlane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    await commit(plane, job_id, 1, 10, 20, 30)
+    settings = Settings(
+        database_url="sqlite+aiosqlite:///none",
+        store_url=str(tmp_path),
+        ray_url="http://127.0.0.1:1",
+        public_url="http://api:8000",
+        secret=SecretStr("s" * 32),
+        mlflow_url=None,
+    )
+    stop, loop, uploads = asyncio.Event(), asyncio.get_running_loop(), plane.store.uploads
+
+    def end_of_a_pass(prefix: str = "") -> Uploads:
+        if prefix == SHARED:
+            loop.call_soon_threadsafe(stop.set)
+        return uploads(prefix)
+
+    def no_tracker(_: Settings) -> Tracker:
+        raise AssertionError("MLflow is switched off")
+
+    monkeypatch.setattr(plane.store, "uploads", end_of_a_pass)
+    async with asyncio.timeout(60):
+        await dispatch(settings, plane.sessions, plane.store, open_tracker=no_tracker, stop=stop)
+    assert await steps(plane, job_id) == [20, 30]
+    assert stored(plane, job_id) == await named(plane, job_id)
