@@ -171,3 +171,14 @@ class SubmissionRow(Base):
     spec_hash: Mapped[str] = mapped_column(String(64))
     job_ids: Mapped[list[str]]
     created_at: Mapped[datetime]
+
+
+class LeaseRow(Base):
+    """Who does one of the dispatchers' tasks. Written by `service.db.leases` alone."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(255))
+    token: Mapped[int] = mapped_column(RowNumber)  # grows by one with each holder
+    expires_at: Mapped[datetime]  # by the database's clock
