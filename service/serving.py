@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from service.api.app import create_app
 from service.db.engine import create_engine, create_sessions
+from service.db.leases import release_all
 from service.db.upgrade import upgrade
 from service.dispatch.loop import OpenTracker, dispatch
 from service.settings import Settings
@@ -56,6 +57,9 @@ async def serve_both(
     await asyncio.to_thread(upgrade, settings.database_url)
     engine = create_engine(settings.database_url)
     sessions, store = create_sessions(engine), open_settings_store(settings)
+    # The data directory is ours alone, so a lease that is left is that of a killed run.
+    async with sessions.begin() as session:
+        await release_all(session)
     server = _server(create_app(settings, sessions, store), on_ready=on_ready)
     dispatching = dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
     try:
@@ -80,7 +84,8 @@ async def serve_api(settings: Settings) -> None:
 
 async def serve_dispatcher(settings: Settings, *, open_tracker: OpenTracker) -> None:
     """The dispatcher, until SIGINT or SIGTERM."""
-    engine = create_engine(settings.database_url)
+    # Frozen in the middle of a guarded write, it shall not hold a take-over up for much longer.
+    engine = create_engine(settings.database_url, idle_limit_s=settings.lease_s)
     store, stop = open_settings_store(settings), stop_on_signals()
     work = dispatch(settings, create_sessions(engine), store, open_tracker=open_tracker, stop=stop)
     try:

@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB
     reconcile_every_s: Seconds = 1.0
     forward_every_s: Seconds = 1.0  # metrics and pictures to MLflow
+    lease_s: Seconds = 8.0  # from the death of a dispatcher until another one takes its tasks over
     start_deadline_s: Seconds = 600.0  # from launch to the worker's first report
     stall_after_s: Seconds = 600.0  # without a report while Ray says that the job runs
     stop_grace_s: Seconds = 20.0  # from the wish to stop until Ray is asked to end the job
