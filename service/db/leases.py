@@ -131,6 +131,5 @@ def _clock(session: AsyncSession, *, plus_s: float = 0.0) -> ColumnElement[datet
 
 def _lost(lease: Lease) -> LeaseLostError:
     return LeaseLostError(
-        f"lease {lease.name} (token {lease.token}) of {lease.owner} ran out or was taken over; "
-        "what was under way is dropped"
+        f"lease {lease.name} (token {lease.token}) of {lease.owner} ran out or was taken over"
     )

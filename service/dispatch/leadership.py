@@ -20,6 +20,7 @@ Work = Callable[[Lease, asyncio.Event], Awaitable[None]]
 
 _RENEWALS = 4  # within the time of a lease, so that it outlives a slow answer or two
 _LOOKS = 8
+_LONGEST_LOOK_S = 1.0  # a lease may be released long before its end
 _FAREWELL_S = 2.0
 
 
@@ -53,7 +54,7 @@ class Leadership:
                 logger.info("lease %s is held by %s; standing by", name, other)
             seen = other
             if lease is None:
-                await pause(self._stop, timeout_s=self._lease_s / _LOOKS)
+                await pause(self._stop, timeout_s=min(self._lease_s / _LOOKS, _LONGEST_LOOK_S))
 
     async def _try(self, name: str) -> tuple[Lease | None, str | None]:
         """The lease, or who holds it."""
@@ -75,7 +76,7 @@ class Leadership:
         try:
             await work(lease, over)
         except LeaseLostError as error:
-            logger.warning("%s", error)
+            logger.warning("%s; what was under way is dropped", error)
         finally:
             over.set()
             await _end(helpers)

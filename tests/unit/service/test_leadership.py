@@ -13,9 +13,10 @@ from sqlalchemy.exc import OperationalError
 
 from service.db import leases
 from service.db.engine import Sessions
-from service.db.leases import GuardedSessions, Lease
+from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import LeaseRow
 from service.dispatch.leadership import Leadership, replica_name
+from service.dispatch.loop import repeat
 from tests.fakes.world import World
 
 NAME = "reconcile"
@@ -103,7 +104,7 @@ def test_replica_name__is_another_one_each_time_and_fits() -> None:
 
 async def test_two__one_works_and_the_other_starts_when_it_stops(world: World) -> None:
     first = Replica(world.sessions, "first", lease_s=3600)
-    second = Replica(world.sessions, "second", lease_s=4)
+    second = Replica(world.sessions, "second", lease_s=3600)
     async with started(first):
         await first.until(1)
         async with started(second):
@@ -187,6 +188,17 @@ class AwaySessions:
             self.left -= 1
             raise OperationalError("SELECT 1", {}, ConnectionError("refused"))
         return self._sessions.begin()
+
+
+async def test_repeat__goes_on_after_a_failure_and_ends_with_the_lease() -> None:
+    errors = [RuntimeError("a bug"), LeaseLostError("lost")]
+
+    async def work() -> None:
+        raise errors.pop(0)
+
+    with pytest.raises(LeaseLostError):
+        await repeat(work, every_s=0.01, stop=asyncio.Event())
+    assert errors == []
 
 
 async def test_database_away__is_waited_for(world: World) -> None:
