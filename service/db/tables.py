@@ -92,7 +92,7 @@ class AttemptRow(Base):
     launched_at: Mapped[datetime | None]  # Ray took it
     last_report_at: Mapped[datetime | None]
     last_step: Mapped[int | None]
-    stop_sent_at: Mapped[datetime | None]  # Ray was asked to end it
+    stop_sent_at: Mapped[datetime | None]  # Ray was to be asked to end it
     ray_ended_at: Mapped[datetime | None]  # Ray was first seen to say that it ended
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None] = mapped_column(String(16))  # succeeded | failed | stopped

@@ -185,9 +185,13 @@ async def test_force__is_not_used_where_the_write_is_refused(plane: ControlPlane
     assert not plane.launcher.jobs[submission_id(job_id, 1)].state.ended
 
 
+def forwarder(plane: ControlPlane, tracker: FakeTracker) -> Forwarder:
+    return Forwarder(plane.sessions, tracker, plane.store, lease=plane.lease, public_url="http://api")
+
+
 async def sleepy_forwarder(plane: ControlPlane, tracker: FakeTracker, call: str, job_id: str) -> list[Any]:
     """It loses its lease in `call`, and says so; what was written by then."""
-    sleeper = Forwarder(plane.sessions, tracker, plane.store, lease=plane.lease, public_url="http://api")
+    sleeper = forwarder(plane, tracker)
     original, written = getattr(tracker, call), []
 
     async def sleep(*args: Any, **kwargs: Any) -> Any:
@@ -202,15 +206,21 @@ async def sleepy_forwarder(plane: ControlPlane, tracker: FakeTracker, call: str,
     return written
 
 
-async def test_forwarder__after_a_take_over_makes_no_run(plane: ControlPlane) -> None:
-    await plane.submit()
-    tracker = FakeTracker()
+async def test_forwarder__after_a_take_over_makes_no_run_and_sends_no_picture(plane: ControlPlane) -> None:
+    job_id, tracker = await plane.submit(), FakeTracker()
     await plane.reconciler().run_once()
-    sleeper = Forwarder(plane.sessions, tracker, plane.store, lease=plane.lease, public_url="http://api")
+    sleeper = forwarder(plane, tracker)
     await take_over(plane)
     with pytest.raises(LeaseLostError):
         await sleeper.run_once()
     assert tracker.runs == {}
+
+    await forwarder(plane, tracker).run_once()
+    sample = plane.put(job_id, "samples/step-1.png", b"a picture")
+    await plane.report(job_id, 1, files=(sample,))
+    with pytest.raises(LeaseLostError):
+        await sleeper.run_once()
+    assert tracker.runs[f"run-{job_id}"].pictures == {}
 
 
 @pytest.mark.parametrize("call", ["ensure_run", "log_points", "log_picture", "close"])
@@ -227,9 +237,7 @@ async def test_forwarder__asleep_in_a_call_writes_nothing_afterwards(plane: Cont
 async def test_forwarder__a_sleeper_gives_no_run_up(plane: ControlPlane) -> None:
     job_id, tracker = await plane.submit(), FakeTracker()
     await plane.reconciler().run_once()
-    await Forwarder(
-        plane.sessions, tracker, plane.store, lease=plane.lease, public_url="http://api"
-    ).run_once()
+    await forwarder(plane, tracker).run_once()
     await plane.report(job_id, 1, MetricPoint(key="loss", step=1, value=1.0))
     tracker.deleted.add(f"run-{job_id}")
     written = await sleepy_forwarder(plane, tracker, "log_points", job_id)
