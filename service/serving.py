@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.app import create_app
 from service.db.engine import Sessions, create_engine, create_sessions
+from service.db.leases import release_all
 from service.db.upgrade import check_schema, upgrade
 from service.dispatch.loop import OpenTracker, dispatch
 from service.settings import Settings
@@ -58,6 +59,9 @@ async def serve_both(
     await asyncio.to_thread(upgrade, settings.database_url)
     engine = create_engine(settings.database_url)
     sessions, store = create_sessions(engine), open_settings_store(settings)
+    # The data directory is ours alone, so a lease that is left is that of a killed run.
+    async with sessions.begin() as session:
+        await release_all(session)
     server = _server(create_app(settings, sessions, store), on_ready=on_ready)
     dispatching = dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
     try:
@@ -83,7 +87,8 @@ async def serve_api(settings: Settings) -> None:
 
 async def serve_dispatcher(settings: Settings, *, open_tracker: OpenTracker) -> None:
     """The dispatcher, until SIGINT or SIGTERM; `SchemaError` ends it before it does anything."""
-    engine = create_engine(settings.database_url)
+    # Frozen in the middle of a guarded write, it shall not hold a take-over up for much longer.
+    engine = create_engine(settings.database_url, idle_limit_s=settings.lease_s)
     sessions, store, stop = create_sessions(engine), open_settings_store(settings), stop_on_signals()
 
     async def work() -> None:

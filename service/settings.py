@@ -50,6 +50,7 @@ class Settings(Storage):
     reconcile_every_s: Seconds = 1.0
     forward_every_s: Seconds = 1.0  # metrics and pictures to MLflow
     garbage_every_s: Seconds = 60.0  # checkpoints beyond the retention take room until the next pass
+    lease_s: Seconds = 8.0  # from the death of a dispatcher until another one takes its tasks over
     start_deadline_s: Seconds = 600.0  # from launch to the worker's first report
     stall_after_s: Seconds = 600.0  # without a report while Ray says that the job runs
     stop_grace_s: Seconds = 20.0  # from the wish to stop until Ray is asked to end the job

@@ -1,5 +1,6 @@
 """The engine and the sessions of one process."""
 
+from functools import partial
 from typing import Any
 
 from sqlalchemy import Connection, event, make_url
@@ -8,13 +9,16 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker
 Sessions = async_sessionmaker[AsyncSession]
 
 BUSY_TIMEOUT_MS = 30_000
+IDLE_LIMIT_S = 30.0
 _READS = "cim_only_reads"
 
 
-def create_engine(database_url: str) -> AsyncEngine:
+def create_engine(database_url: str, *, idle_limit_s: float = IDLE_LIMIT_S) -> AsyncEngine:
     """An engine for `sqlite+aiosqlite:///PATH` or `postgresql+psycopg://...`.
 
-    SQLite is put into WAL mode, waits for other writers, and enforces foreign keys.
+    SQLite is put into WAL mode, waits for other writers, and enforces foreign keys. PostgreSQL ends
+    a transaction in which nothing happens for `idle_limit_s`: a process that was frozen in the middle
+    of one, or whose host is gone, would hold its locks for ever.
     """
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
@@ -22,7 +26,10 @@ def create_engine(database_url: str) -> AsyncEngine:
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         return engine
-    return create_async_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    engine = create_async_engine(url, pool_pre_ping=True, pool_size=10, max_overflow=20)
+    limit_ms = max(1, round(idle_limit_s * 1000))  # 0 would mean none
+    event.listen(engine.sync_engine, "connect", partial(_prepare_postgres, limit_ms=limit_ms))
+    return engine
 
 
 def create_sessions(engine: AsyncEngine) -> Sessions:
@@ -33,6 +40,13 @@ def create_sessions(engine: AsyncEngine) -> Sessions:
 async def only_reads(session: AsyncSession) -> None:
     """Say, before the first statement, that the transaction writes nothing: it waits for no writer."""
     await session.connection(execution_options={_READS: True})
+
+
+def _prepare_postgres(connection: Any, _record: object, *, limit_ms: int) -> None:
+    cursor = connection.cursor()
+    cursor.execute(f"SET idle_in_transaction_session_timeout = {limit_ms}")
+    cursor.close()
+    connection.commit()
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:

@@ -23,7 +23,7 @@ from service.db.tables import (
 from service.domain.names import JOB_ID_LENGTH
 
 # Both dialects spell `ON CONFLICT` alike, but SQLAlchemy gives them no common type.
-_INSERT: Mapping[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
+INSERT: Mapping[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ async def claim_key(session: AsyncSession, submission: Mapping[str, Any]) -> Sub
 
     Two submits at once: the second waits here until the first is committed, then sees it.
     """
-    insert = _INSERT[session.get_bind().dialect.name]
+    insert = INSERT[session.get_bind().dialect.name]
     statement = insert(SubmissionRow).values(**submission).on_conflict_do_nothing()
     mine = await session.scalar(statement.returning(SubmissionRow.key))
     return None if mine is not None else await session.get(SubmissionRow, submission["key"])
@@ -179,7 +179,7 @@ async def upsert(
         return
     # PostgreSQL may not touch a row twice in one statement, so the last of each key counts.
     unique = list({tuple(row[name] for name in key): dict(row) for row in rows}.values())
-    statement = _INSERT[session.get_bind().dialect.name](table.__table__)
+    statement = INSERT[session.get_bind().dialect.name](table.__table__)
     others = {name: statement.excluded[name] for name in unique[0] if name not in key}
     await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others), unique)
 

@@ -101,7 +101,7 @@ class AttemptRow(Base):
     last_report_at: Mapped[datetime | None]
     last_step: Mapped[int | None]
     advanced_at: Mapped[datetime | None]  # the training last showed a sign of life
-    stop_sent_at: Mapped[datetime | None]  # Ray was asked to end it
+    stop_sent_at: Mapped[datetime | None]  # Ray was to be asked to end it
     ray_ended_at: Mapped[datetime | None]  # Ray was first seen to say that it ended
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str | None] = mapped_column(String(16))  # succeeded | failed | stopped
@@ -180,3 +180,14 @@ class SubmissionRow(Base):
     spec_hash: Mapped[str] = mapped_column(String(64))
     job_ids: Mapped[list[str]]
     created_at: Mapped[datetime]
+
+
+class LeaseRow(Base):
+    """Who does one of the dispatchers' tasks. Written by `service.db.leases` alone."""
+
+    __tablename__ = "leases"
+
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    owner: Mapped[str] = mapped_column(String(255))
+    token: Mapped[int] = mapped_column(RowNumber)  # grows by one with each holder
+    expires_at: Mapped[datetime]  # by the database's clock

@@ -1,7 +1,8 @@
 """Carries what the database holds over to the tracker, from high-water marks.
 
 The marks are in the database and move only after the tracker has taken what lies below them. So an
-outage of the tracker loses nothing, costs no training step, and never holds up a launch.
+outage of the tracker loses nothing, costs no training step, and never holds up a launch. Every write
+is guarded by a lease; what a forwarder without it still sends, the tracker has or may have.
 """
 
 import asyncio
@@ -17,6 +18,7 @@ from sqlalchemy import select, update
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
 from service.db.engine import Sessions, only_reads
+from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import FileRow, JobRow
 from service.dispatch.tracker import (
     MAX_BATCH,
@@ -56,13 +58,19 @@ encoder = timm.create_model("local-dir:{folder}/encoder", pretrained=True)
 class Forwarder:
     """Keeps one run a job up to date."""
 
-    def __init__(self, sessions: Sessions, tracker: Tracker, store: ObjectStore, *, public_url: str) -> None:
+    def __init__(
+        self, sessions: Sessions, tracker: Tracker, store: ObjectStore, *, lease: Lease, public_url: str
+    ) -> None:
         self._sessions, self._tracker, self._store = sessions, tracker, store
+        self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._public_url = public_url
         self._complained = ""
 
     async def run_once(self) -> None:
-        """Bring the runs of all jobs that were ever launched up to date."""
+        """Bring the runs of all jobs that were ever launched up to date.
+
+        Raises LeaseLostError once another dispatcher may be at it.
+        """
         for job in await self._unfinished():
             try:
                 await self._forward(job)
@@ -74,6 +82,8 @@ class Forwarder:
                 await self._give_up(job, str(error))
             except StoreError as error:
                 self._complain(f"pictures of job {job.id} wait: {error}")
+            except LeaseLostError:
+                raise
             except Exception:
                 logger.exception("job %s could not be forwarded", job.id)
             else:
@@ -107,6 +117,7 @@ class Forwarder:
             tags=_tags(job, public_url=self._public_url),
             params=flatten(job.resolved),
         )
+        await self._check_lease()
         run_id = await self._tracker.ensure_run(run)
         await self._write(job.id, mlflow_run_id=run_id)
         return run_id
@@ -146,6 +157,7 @@ class Forwarder:
         except MissingObjectError:
             logger.warning("job %s: %s is gone from the object store", row.job_id, row.path)
             return
+        await self._check_lease()
         picture = Picture(series="samples", step=int(sample[1]), png=png, at=row.at)
         await self._tracker.log_picture(run_id, picture)
 
@@ -158,13 +170,18 @@ class Forwarder:
     async def _give_up(self, job: JobRow, why: str) -> None:
         """The run was deleted, or the like: say so once, and let the job go on without it."""
         logger.warning("job %s is no longer recorded: %s", job.id, why)
-        async with self._sessions.begin() as session:
+        async with self._guarded.begin() as session:
             await session.execute(update(JobRow).where(JobRow.id == job.id).values(mlflow_closed=True))
             told = f"no longer recorded in MLflow: {why}"
             moves.note(session, job.id, actor="dispatcher", message=told, now=datetime.now(UTC))
 
+    async def _check_lease(self) -> None:
+        """Before what the tracker does not tell apart when two do it at the same moment."""
+        async with self._guarded.begin():
+            return
+
     async def _write(self, job_id: str, **columns: Any) -> None:
-        async with self._sessions.begin() as session:
+        async with self._guarded.begin() as session:
             await session.execute(update(JobRow).where(JobRow.id == job_id).values(**columns))
 
     def _complain(self, told: str) -> None:

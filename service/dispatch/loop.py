@@ -6,8 +6,10 @@ import random
 from collections.abc import Awaitable, Callable
 
 from service.db.engine import Sessions
+from service.db.leases import Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder
 from service.dispatch.garbage import Collector
+from service.dispatch.leadership import Leadership, Work, pause, replica_name
 from service.dispatch.ray_launcher import RayLauncher
 from service.dispatch.reconciler import Reconciler, Rules
 from service.dispatch.tracker import Tracker
@@ -17,6 +19,7 @@ from service.store.base import ObjectStore
 
 logger = logging.getLogger(__name__)
 
+RECONCILE, FORWARD, COLLECT = "reconcile", "forward", "garbage"  # the leases
 _MAX_PAUSE_S = 30.0
 OpenTracker = Callable[[Settings], Tracker]
 
@@ -29,20 +32,34 @@ async def dispatch(
     open_tracker: OpenTracker,
     stop: asyncio.Event,
 ) -> None:
-    """Reconcile and forward until `stop` is set. Several dispatchers on one database are safe.
+    """Reconcile and forward until `stop` is set. Of several dispatchers, one does each at a time.
 
     `open_tracker` runs in a thread, because loading MLflow takes seconds.
     """
     token = settings.ray_token.get_secret_value() if settings.ray_token else None
     launcher = RayLauncher(settings.ray_url, token=token)
-    reconciler = Reconciler(sessions, launcher, store, rules=rules(settings))
+    leadership = Leadership(sessions, owner=replica_name(), lease_s=settings.lease_s, stop=stop)
     collector = Collector(sessions, store, after_s=settings.garbage_after_s)
+
+    async def reconcile(lease: Lease, over: asyncio.Event) -> None:
+        # A new one for each lease: what an earlier one saw of the cluster is old.
+        reconciler = Reconciler(sessions, launcher, store, lease=lease, rules=rules(settings))
+        await repeat(reconciler.run_once, every_s=settings.reconcile_every_s, stop=over)
+
+    async def forward() -> None:
+        tracker = await asyncio.to_thread(open_tracker, settings)
+        await leadership.lead(FORWARD, _forwarding(settings, sessions, store, tracker, stop=stop))
+
+    async def collect(_lease: Lease, over: asyncio.Event) -> None:
+        # Passes may overlap, so the lease only spares work.
+        await repeat(collector.run_once, every_s=settings.garbage_every_s, stop=over)
+
     try:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(repeat(reconciler.run_once, every_s=settings.reconcile_every_s, stop=stop))
-            tasks.create_task(repeat(collector.run_once, every_s=settings.garbage_every_s, stop=stop))
+            tasks.create_task(leadership.lead(RECONCILE, reconcile))
+            tasks.create_task(leadership.lead(COLLECT, collect))
             if settings.mlflow_url is not None:
-                tasks.create_task(_forward(settings, sessions, store, open_tracker=open_tracker, stop=stop))
+                tasks.create_task(forward())
     finally:
         await launcher.close()
 
@@ -65,39 +82,34 @@ def rules(settings: Settings) -> Rules:
 
 
 async def repeat(work: Callable[[], Awaitable[None]], *, every_s: float, stop: asyncio.Event) -> None:
-    """Do `work` again and again until `stop` is set; a failure is logged and costs a growing pause."""
+    """Do `work` again and again until `stop` is set; a failure is logged and costs a growing pause.
+
+    Raises LeaseLostError as soon as `work` does.
+    """
     num_failures = 0
     while not stop.is_set():
         try:
             await work()
             num_failures = 0
+        except LeaseLostError:
+            raise
         except Exception:
             # The database may be away; whatever it was, the next pass starts from what is there.
             num_failures += 1
             logger.exception("a pass failed, %d in a row", num_failures)
         pause_s = min(every_s * 2 ** min(num_failures, 10), max(every_s, _MAX_PAUSE_S))
         # Several dispatchers shall not knock at the same moment.
-        await _wait(stop, timeout_s=pause_s * random.uniform(0.9, 1.1))
+        await pause(stop, timeout_s=pause_s * random.uniform(0.9, 1.1))
 
 
-async def _forward(
-    settings: Settings,
-    sessions: Sessions,
-    store: ObjectStore,
-    *,
-    open_tracker: OpenTracker,
-    stop: asyncio.Event,
-) -> None:
-    tracker = await asyncio.to_thread(open_tracker, settings)
-    forwarder = Forwarder(sessions, tracker, store, public_url=settings.public_url)
-    await repeat(forwarder.run_once, every_s=settings.forward_every_s, stop=stop)
-    # What ended in the last second is still worth a try.
-    await forwarder.run_once()
+def _forwarding(
+    settings: Settings, sessions: Sessions, store: ObjectStore, tracker: Tracker, *, stop: asyncio.Event
+) -> Work:
+    async def forward(lease: Lease, over: asyncio.Event) -> None:
+        forwarder = Forwarder(sessions, tracker, store, lease=lease, public_url=settings.public_url)
+        await repeat(forwarder.run_once, every_s=settings.forward_every_s, stop=over)
+        if stop.is_set():
+            # What ended in the last second is still worth a try.
+            await forwarder.run_once()
 
-
-async def _wait(stop: asyncio.Event, *, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await stop.wait()
-    except TimeoutError:
-        return
+    return forward

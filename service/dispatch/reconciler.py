@@ -2,6 +2,9 @@
 
 Level-triggered: a pass looks at how things are, never at what happened. Whatever it does outside
 the database may be done twice, so killing it anywhere and starting again is normal.
+
+All writes are guarded by a lease. A pass that was asleep while another dispatcher took the lease is
+over at its first write, and what it asks of the cluster follows a write: see docs/decisions/leases.md.
 """
 
 import asyncio
@@ -15,6 +18,7 @@ from typing import assert_never
 from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import attempt_token
 from service.db.engine import Sessions
+from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.dispatch import observe, record
 from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
 from service.dispatch.observe import Leftover, Observed
@@ -67,17 +71,22 @@ class Reconciler:
         launcher: Launcher,
         store: ObjectStore,
         *,
+        lease: Lease,
         rules: Rules,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sessions, self._launcher, self._store = sessions, launcher, store
+        self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._rules, self._clock, self._monotonic = rules, clock, monotonic
         self._gone_since: dict[str, float] = {}  # submission: when we first saw it ended or missing
         self._complained = ""
 
     async def run_once(self) -> None:
-        """Do for every open job the next thing that it needs."""
+        """Do for every open job the next thing that it needs.
+
+        Raises LeaseLostError once another dispatcher may be at it; the rest of the pass is dropped.
+        """
         jobs = await observe.open_jobs(self._sessions, now=self._clock())
         sights = await self._look(jobs)
         now = self._clock()
@@ -146,6 +155,8 @@ class Reconciler:
         """Act on one decision. One job's trouble is not another's."""
         try:
             await self._act(observed, decided)
+        except LeaseLostError:
+            raise
         except LauncherUnavailableError as error:
             self._complain(error)
         except Exception:
@@ -156,23 +167,30 @@ class Reconciler:
         match decided:
             case Keep(reason=reason):
                 if reason is not None and reason != observed.reason:
-                    await record.reason(self._sessions, observed.seen, reason, now=now)
+                    await record.reason(self._guarded, observed.seen, reason, now=now)
             case Change():
                 await self._change(observed, decided)
             case Launch():
-                number = await record.raise_fence(self._sessions, observed, now=now)
-                if number is not None:
-                    await self._submit(job.id, number)
+                await self._launch(observed)
             case Submit():
-                await self._submit(job.id, job.attempt)
+                await self._submit_again(observed)
             case NoteSubmitted():
-                await record.submitted(self._sessions, job.id, job.attempt, now=now)
+                await record.submitted(self._guarded, job.id, job.attempt, now=now)
             case ForceStop():
                 await self._stop(job.id, job.attempt)
             case Lost():
                 await self._lose(observed, decided)
             case _:
                 assert_never(decided)
+
+    async def _launch(self, observed: Observed) -> None:
+        number = await record.raise_fence(self._guarded, observed, now=self._clock())
+        if number is not None:
+            await self._submit(observed.job.id, number)
+
+    async def _submit_again(self, observed: Observed) -> None:
+        if await record.is_current(self._guarded, observed.seen):
+            await self._submit(observed.job.id, observed.job.attempt)
 
     async def _submit(self, job_id: str, attempt: int) -> None:
         rules = self._rules
@@ -184,29 +202,32 @@ class Reconciler:
                 env={"CIM_ATTEMPT_TOKEN": attempt_token(rules.secret, job_id, attempt)},
             )
         )
-        await record.submitted(self._sessions, job_id, attempt, now=self._clock())
+        await record.submitted(self._guarded, job_id, attempt, now=self._clock())
         logger.info("job %s: attempt %d submitted", job_id, attempt)
 
     async def _change(self, observed: Observed, decided: Change) -> None:
-        if await record.change(self._sessions, observed, decided, now=self._clock()):
+        if await record.change(self._guarded, observed, decided, now=self._clock()):
             job = observed.job
             logger.info("job %s: %s -> %s (%s)", job.id, job.state, decided.dst, decided.reason)
 
     async def _stop(self, job_id: str, attempt: int) -> None:
+        """Decided for an attempt that shall never go on, so it is as right later as it is now."""
+        await record.stop_sent(self._guarded, job_id, attempt, now=self._clock())
         await self._launcher.stop(submission_id(job_id, attempt))
-        await record.stop_sent(self._sessions, job_id, attempt, now=self._clock())
 
     async def _lose(self, observed: Observed, lost: Lost) -> None:
         job = observed.job
         tail = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
-        await self._launcher.stop(observed.submission_id)
         await self._keep_log(observed, tail)
         quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]
         message = lost.message + ("; its last lines: " + " | ".join(quoted) if quoted else "")
         told = Lost(kind=lost.kind, message=message[:_MAX_MESSAGE_CHARS])
         backoff, now = self._rules.backoff, self._clock()
-        if await record.lost(self._sessions, observed, told, backoff=backoff, now=now):
+        if await record.lost(self._guarded, observed, told, backoff=backoff, now=now):
             logger.warning("job %s: attempt %d is lost: %s", job.id, job.attempt, told.message)
+            # Only now: an attempt that is found to live after all must not be ended. Should we die
+            # here, it is a leftover, or stands in the way of the next attempt, and is ended as such.
+            await self._launcher.stop(observed.submission_id)
 
     async def _keep_log(self, observed: Observed, tail: list[str]) -> None:
         """Save the driver's last words: Ray loses them with its node."""
@@ -229,7 +250,7 @@ class Reconciler:
             sight = await self._sight(leftover.submission_id)
             now = self._clock()
             if sight.gone:
-                await record.gone(self._sessions, leftover.job_id, leftover.attempt, now=now)
+                await record.gone(self._guarded, leftover.job_id, leftover.attempt, now=now)
                 self._gone_since.pop(leftover.submission_id, None)
             elif (
                 sight.known and (now - leftover.over_since).total_seconds() >= self._rules.limits.stop_grace_s

@@ -1,15 +1,18 @@
-"""The dispatcher's writes. Each is one short transaction, guarded by what was seen before."""
+"""The dispatcher's writes. Each is one short transaction, guarded by its lease and by what was seen before.
+
+Any of them may raise LeaseLostError; nothing is written then.
+"""
 
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import update
+from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FailureKind, JobState
 from service.db import moves
-from service.db.engine import Sessions
+from service.db.leases import GuardedSessions
 from service.db.tables import AttemptRow, JobRow
 from service.dispatch.observe import Observed
 from service.domain import retry
@@ -17,7 +20,14 @@ from service.domain.decide import Change, Lost
 from service.domain.names import submission_id
 
 
-async def reason(sessions: Sessions, seen: moves.Seen, text: str, *, now: datetime) -> None:
+async def is_current(sessions: GuardedSessions, seen: moves.Seen) -> bool:
+    """Whether the job has not moved since; asked before the cluster is told something about it."""
+    async with sessions.begin() as session:
+        version = await session.scalar(select(JobRow.version).where(JobRow.id == seen.id))
+        return version == seen.version
+
+
+async def reason(sessions: GuardedSessions, seen: moves.Seen, text: str, *, now: datetime) -> None:
     """Let a waiting job say what it waits for. Not an event: it may change every second."""
     async with sessions.begin() as session:
         await session.execute(
@@ -27,7 +37,7 @@ async def reason(sessions: Sessions, seen: moves.Seen, text: str, *, now: dateti
         )
 
 
-async def change(sessions: Sessions, observed: Observed, decided: Change, *, now: datetime) -> bool:
+async def change(sessions: GuardedSessions, observed: Observed, decided: Change, *, now: datetime) -> bool:
     """Move a job; the attempt of one that was stopping ends with it."""
     values = {"failure_kind": decided.failure_kind} if decided.failure_kind else {}
     async with sessions.begin() as session:
@@ -45,7 +55,7 @@ async def change(sessions: Sessions, observed: Observed, decided: Change, *, now
         return moved
 
 
-async def raise_fence(sessions: Sessions, observed: Observed, *, now: datetime) -> int | None:
+async def raise_fence(sessions: GuardedSessions, observed: Observed, *, now: datetime) -> int | None:
     """Begin the next attempt, from now on the only one that may write.
 
     Returns:
@@ -75,7 +85,7 @@ async def raise_fence(sessions: Sessions, observed: Observed, *, now: datetime) 
 
 
 async def lost(
-    sessions: Sessions, observed: Observed, decided: Lost, *, backoff: retry.Backoff, now: datetime
+    sessions: GuardedSessions, observed: Observed, decided: Lost, *, backoff: retry.Backoff, now: datetime
 ) -> bool:
     """End the attempt as failed, and let the retry rule say what becomes of its job."""
     failed = retry.Failed(
@@ -103,17 +113,17 @@ async def lost(
         return moved
 
 
-async def submitted(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
+async def submitted(sessions: GuardedSessions, job_id: str, attempt: int, *, now: datetime) -> None:
     """Note that the cluster has taken an attempt."""
     await _stamp(sessions, job_id, attempt, column="launched_at", now=now)
 
 
-async def stop_sent(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
-    """Note that the cluster was asked to end an attempt."""
+async def stop_sent(sessions: GuardedSessions, job_id: str, attempt: int, *, now: datetime) -> None:
+    """Note that the cluster is asked to end an attempt."""
     await _stamp(sessions, job_id, attempt, column="stop_sent_at", now=now)
 
 
-async def gone(sessions: Sessions, job_id: str, attempt: int, *, now: datetime) -> None:
+async def gone(sessions: GuardedSessions, job_id: str, attempt: int, *, now: datetime) -> None:
     """Note that the cluster runs an attempt no longer."""
     await _stamp(sessions, job_id, attempt, column="ray_ended_at", now=now)
 
@@ -134,7 +144,7 @@ async def _end_attempt(
     )
 
 
-async def _stamp(sessions: Sessions, job_id: str, attempt: int, *, column: str, now: datetime) -> None:
+async def _stamp(sessions: GuardedSessions, job_id: str, attempt: int, *, column: str, now: datetime) -> None:
     """Set a moment once; the first one stays."""
     row = getattr(AttemptRow, column)
     async with sessions.begin() as session:

@@ -11,8 +11,9 @@ from sqlalchemy import event, select
 
 from service.contracts.jobs import FileEntry, MetricPoint, Progress
 from service.contracts.work import Finish, Report, ReportReply
-from service.db import moves, queries
+from service.db import leases, moves, queries
 from service.db.engine import Sessions, create_engine, create_sessions
+from service.db.leases import Lease
 from service.db.tables import AttemptRow, Base, EventRow, JobRow
 from service.dispatch.reconciler import Reconciler, Rules
 from service.domain.decide import Limits
@@ -24,6 +25,7 @@ from service.store.base import ObjectStore
 from service.store.directory import DirectoryStore
 from tests.fakes.launcher import FakeLauncher
 
+LEASE = "dispatcher"
 RULES = Rules(
     limits=Limits(start_deadline_s=600, stall_after_s=60, stop_grace_s=20, lost_grace_s=5),
     backoff=Backoff(first_s=5, longest_s=300),
@@ -40,6 +42,7 @@ class ControlPlane:
 
     sessions: Sessions
     store: ObjectStore
+    lease: Lease
     launcher: FakeLauncher = field(default_factory=FakeLauncher)
     now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -49,6 +52,7 @@ class ControlPlane:
             self.sessions,
             self.launcher,
             self.store,
+            lease=self.lease,
             rules=rules,
             clock=lambda: self.now,
             monotonic=lambda: self.now.timestamp(),
@@ -123,10 +127,19 @@ async def control_plane(folder: Path) -> AsyncIterator[ControlPlane]:
     event.listen(engine.sync_engine, "connect", _without_fsync)
     async with engine.begin() as connection:
         await connection.run_sync(Base.metadata.create_all)
+    sessions = create_sessions(engine)
     try:
-        yield ControlPlane(create_sessions(engine), DirectoryStore(folder / "objects"))
+        yield ControlPlane(sessions, DirectoryStore(folder / "objects"), await lease_of(sessions))
     finally:
         await engine.dispose()
+
+
+async def lease_of(sessions: Sessions) -> Lease:
+    """The dispatchers' lease, held by the test."""
+    async with sessions.begin() as session:
+        lease = await leases.take(session, LEASE, owner="test", lasts_s=3600)
+    assert lease is not None
+    return lease
 
 
 def _without_fsync(connection: Any, record: object) -> None:

@@ -19,7 +19,7 @@ from service.db.engine import create_engine, create_sessions
 from service.db.upgrade import upgrade
 from service.store import open_store
 from service.store.directory import DirectoryStore
-from tests.fakes.control_plane import ControlPlane
+from tests.fakes.control_plane import ControlPlane, lease_of
 from tests.fakes.garbage_contract import GarbageContract, commit, named, running, steps, stored
 from tests.fakes.stepping_store import SteppingStore
 from tests.integration.servers import S3_KEYS
@@ -55,7 +55,8 @@ async def plane(postgres_url: str, s3_url: str, bucket: Bucket) -> AsyncIterator
     await asyncio.to_thread(upgrade, postgres_url)
     engine = create_engine(postgres_url)
     store = open_store(f"s3://{bucket.name}/cim", endpoint_url=s3_url, region="us-east-1")
-    yield ControlPlane(create_sessions(engine), SteppingStore(store), now=datetime.now(UTC))
+    sessions = create_sessions(engine)
+    yield ControlPlane(sessions, SteppingStore(store), await lease_of(sessions), now=datetime.now(UTC))
     await engine.dispose()
 
 
@@ -74,7 +75,8 @@ async def folder(tmp_path: Path) -> AsyncIterator[tuple[Path, ControlPlane]]:
     upgrade(url)
     engine = create_engine(url)
     store = SteppingStore(DirectoryStore(data_dir / "objects"))
-    yield data_dir, ControlPlane(create_sessions(engine), store, now=datetime.now(UTC) - timedelta(hours=3))
+    sessions, now = create_sessions(engine), datetime.now(UTC) - timedelta(hours=3)
+    yield data_dir, ControlPlane(sessions, store, await lease_of(sessions), now=now)
     await engine.dispose()
 
 

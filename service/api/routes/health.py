@@ -35,5 +35,8 @@ async def healthz() -> Alive:
     "/readyz", summary="Can it serve?", responses={503: {"model": Problem, "description": "Not now."}}
 )
 async def readyz(session: ReadSession) -> Readiness:
-    """200 when the database answers and its schema is the one that this version was written for."""
+    """200 when the database answers and its schema is the one that this version was written for.
+
+    `leases` tells which dispatcher does what. Without one, jobs are accepted and wait.
+    """
     return await readiness(session)

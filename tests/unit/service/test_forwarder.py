@@ -61,7 +61,7 @@ class FakeRecord:
 
 
 def forwarder(plane: ControlPlane, tracker: FakeTracker) -> Forwarder:
-    return Forwarder(plane.sessions, tracker, plane.store, public_url=URL)
+    return Forwarder(plane.sessions, tracker, plane.store, lease=plane.lease, public_url=URL)
 
 
 def points(*steps: int) -> list[MetricPoint]:

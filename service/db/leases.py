@@ -1,0 +1,135 @@
+"""Leases: of several dispatchers, one does each task.
+
+Time is the database's alone, so the clocks of the hosts need not agree. Each take-over raises the
+token, and whoever writes under a lease shows its token in the same transaction: a holder that slept
+while another one took over writes nothing.
+"""
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import ColumnElement, DateTime, Update, func, select, update
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from service.db.engine import Sessions
+from service.db.queries import INSERT
+from service.db.tables import LeaseRow
+
+# As SQLAlchemy stores moments in SQLite, so that text compares like time.
+_SQLITE_MOMENT = "%Y-%m-%d %H:%M:%f000"
+
+
+class LeaseLostError(Exception):
+    """The lease ran out or another process has it: drop what was decided under it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lease:
+    """The right to do one task, as it was given."""
+
+    name: str
+    owner: str
+    token: int
+    lasts_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardedSessions:
+    """Transactions that commit only while a lease is held."""
+
+    sessions: Sessions
+    lease: Lease
+
+    @asynccontextmanager
+    async def begin(self) -> AsyncIterator[AsyncSession]:
+        """A transaction that holds the lease in place until it ends.
+
+        Raises LeaseLostError, with nothing written, once the lease is no longer ours.
+        """
+        async with self.sessions.begin() as session:
+            await guard(session, self.lease)
+            yield session
+
+
+async def held(session: AsyncSession) -> Sequence[LeaseRow]:
+    """The leases that somebody holds now, by name."""
+    query = select(LeaseRow).where(LeaseRow.expires_at > _clock(session))
+    return (await session.scalars(query.order_by(LeaseRow.name))).all()
+
+
+async def holder(session: AsyncSession, name: str) -> str | None:
+    """Who holds a lease now; unlike `take`, asking locks nothing."""
+    query = select(LeaseRow.owner).where(LeaseRow.name == name, LeaseRow.expires_at > _clock(session))
+    owner: str | None = await session.scalar(query)
+    return owner
+
+
+async def take(session: AsyncSession, name: str, *, owner: str, lasts_s: float) -> Lease | None:
+    """Take a lease that nobody holds; None where somebody does.
+
+    It waits for a transaction that is guarded by the lease, however late that is.
+    """
+    expires_at = _clock(session, plus_s=lasts_s)
+    insert = INSERT[session.get_bind().dialect.name](LeaseRow)
+    statement = insert.values(name=name, owner=owner, token=1, expires_at=expires_at).on_conflict_do_update(
+        index_elements=["name"],
+        set_={"owner": owner, "token": LeaseRow.token + 1, "expires_at": expires_at},
+        where=LeaseRow.expires_at <= _clock(session),
+    )
+    token = await session.scalar(statement.returning(LeaseRow.token))
+    return None if token is None else Lease(name=name, owner=owner, token=token, lasts_s=lasts_s)
+
+
+async def renew(session: AsyncSession, lease: Lease) -> None:
+    """Let the lease last its time from now on. Raises LeaseLostError if it is no longer held."""
+    statement = _mine(lease).where(LeaseRow.expires_at > _clock(session))
+    expires_at = _clock(session, plus_s=lease.lasts_s)
+    if await session.scalar(statement.values(expires_at=expires_at).returning(LeaseRow.token)) is None:
+        raise _lost(lease)
+
+
+async def guard(session: AsyncSession, lease: Lease) -> None:
+    """Keep the lease from being taken until the transaction ends. Raises LeaseLostError if it was.
+
+    The row's lock does that on PostgreSQL; on SQLite a writer is alone.
+    """
+    query = select(LeaseRow.token).where(
+        LeaseRow.name == lease.name, LeaseRow.token == lease.token, LeaseRow.expires_at > _clock(session)
+    )
+    if await session.scalar(query.with_for_update(read=True)) is None:
+        raise _lost(lease)
+
+
+async def release(session: AsyncSession, lease: Lease) -> None:
+    """Let the next one take the lease at once. One that is no longer held is left alone."""
+    await session.execute(_mine(lease).values(expires_at=_clock(session)))
+
+
+async def release_all(session: AsyncSession) -> None:
+    """Let every lease be taken at once, for a caller who knows that no holder lives."""
+    await session.execute(update(LeaseRow).values(expires_at=_clock(session)))
+
+
+def _mine(lease: Lease) -> Update:
+    # The row stays for ever, so the token of a name never starts again.
+    return (
+        update(LeaseRow)
+        .where(LeaseRow.name == lease.name, LeaseRow.token == lease.token)
+        .execution_options(synchronize_session=False)
+    )
+
+
+def _clock(session: AsyncSession, *, plus_s: float = 0.0) -> ColumnElement[datetime]:
+    """The database's clock when the statement runs, not when its transaction began."""
+    moment = DateTime(timezone=True)
+    if session.get_bind().dialect.name == "sqlite":
+        return func.strftime(_SQLITE_MOMENT, "now", f"{plus_s:+.3f} seconds", type_=moment)
+    return func.clock_timestamp(type_=moment) + timedelta(seconds=plus_s)
+
+
+def _lost(lease: Lease) -> LeaseLostError:
+    return LeaseLostError(
+        f"lease {lease.name} (token {lease.token}) of {lease.owner} ran out or was taken over"
+    )

@@ -1,0 +1,4 @@
+from tests.fakes.lease_contract import LeaseContract
+
+
+class TestLeases(LeaseContract): ...

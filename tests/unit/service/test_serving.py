@@ -1,0 +1,68 @@
+"""Api and dispatcher in one process, on a real database and a stand-in for Ray."""
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import httpx
+from pydantic import SecretStr
+
+from service.db import leases
+from service.db.engine import create_engine, create_sessions
+from service.dispatch.loop import FORWARD, RECONCILE
+from service.serving import serve_both
+from service.settings import Settings
+from tests.fakes.ray_server import ray_server
+from tests.fakes.tracker import FakeTracker
+
+PATIENCE_S = 60
+
+
+async def left_by_a_killed_run(database_url: str) -> None:
+    engine = create_engine(database_url)
+    async with create_sessions(engine).begin() as session:
+        for name in (RECONCILE, FORWARD):
+            assert await leases.take(session, name, owner="killed", lasts_s=3600) is not None
+    await engine.dispose()
+
+
+async def owners(url: str) -> dict[str, tuple[str, int]]:
+    """Who holds which lease, under which token, as the api tells."""
+    async with httpx.AsyncClient(trust_env=False) as client:
+        ready: dict[str, Any] = (await client.get(f"{url}/readyz")).json()
+    return {lease["name"]: (lease["owner"], lease["token"]) for lease in ready["leases"]}
+
+
+async def two_owners(url: str) -> dict[str, tuple[str, int]]:
+    while True:
+        held = await owners(url)
+        if len(held) == 2:
+            return held
+        await asyncio.sleep(0.05)
+
+
+async def test_both__the_leases_of_a_killed_run_are_not_waited_for(database_url: str, tmp_path: Path) -> None:
+    await left_by_a_killed_run(database_url)
+    bound, ready, stop = socket.create_server(("127.0.0.1", 0)), asyncio.Event(), asyncio.Event()
+    url = f"http://127.0.0.1:{bound.getsockname()[1]}"
+    with ray_server() as ray:
+        settings = Settings(
+            database_url=database_url,
+            store_url=str(tmp_path / "store"),
+            ray_url=ray.url,
+            mlflow_url="http://mlflow.test",
+            public_url=url,
+            secret=SecretStr("s" * 32),
+        )
+        serving = asyncio.create_task(
+            serve_both(settings, bound, stop, open_tracker=lambda _: FakeTracker(), on_ready=ready.set)
+        )
+        async with asyncio.timeout(PATIENCE_S):
+            await ready.wait()
+            held = await two_owners(url)
+        stop.set()
+        await serving
+    assert set(held) == {RECONCILE, FORWARD}
+    assert {token for _, token in held.values()} == {2}
+    assert len({owner for owner, _ in held.values()} - {"killed"}) == 1
