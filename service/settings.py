@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: Port = 8000
     public_url: str  # of the api, as the workers reach it
-    secret: SecretStr = Field(min_length=32)  # attempt tokens are derived from it; no default
+    secret: SecretStr = Field(min_length=32)  # claim codes are derived from it; no default
 
     worker_python: str = "python"  # interpreter of the workers, inside the cluster
     max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB

@@ -1,6 +1,6 @@
 """`python -m workers --url URL --attempt JOB_ID/N`: the entrypoint of a Ray job.
 
-The attempt's token comes from the environment, CIM_ATTEMPT_TOKEN. Exit status: see
+The code that claims the attempt comes from the environment, CIM_CLAIM_CODE. Exit status: see
 `workers.failures.ExitCode`.
 """
 

@@ -67,7 +67,9 @@ class Work:
     """What the driver has found out and hands to every rank."""
 
     attempt: Attempt
-    indices: dict[str, str]  # role of an image set (data, train, val, ...) to its index as JSON
+    # Role of an image set (data, train, val, ...) to its index as JSON. Not in the repr: Ray Train keeps that
+    # of whatever a rank is handed, and shows it.
+    indices: dict[str, str] = field(repr=False)
     plan: Plan | None  # None: nothing is trained
     tokenizer: str | None = None  # of source dall-e: key prefix of its folder in the object store
     files: list[FileEntry] = field(default_factory=list)  # stored so far

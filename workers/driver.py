@@ -62,6 +62,7 @@ def run(settings: WorkerSettings) -> ExitCode:
     apply_train_environment()
     service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
     try:
+        service.claim(settings.code)
         assignment = service.assignment()
         finish = _attempt(settings, assignment, service)
         if finish is None:
@@ -71,7 +72,7 @@ def run(settings: WorkerSettings) -> ExitCode:
         log.warning("a newer attempt owns this job, or it is final: nothing more is written")
         return ExitCode.STALE
     except ApiError:
-        log.exception("the service cannot be told how the attempt ended")
+        log.exception("the service refused, or stayed away: how the attempt ended is not told")
         return ExitCode.INFRASTRUCTURE
     finally:
         service.close()
@@ -106,7 +107,7 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
         store.log_prefix,
         attempt=store.attempt,
         source="driver",
-        secrets=[attempt.settings.token],
+        secrets=[attempt.settings.token, attempt.settings.code],
     )
     reporter = Reporter(service, every_s=attempt.assignment.report_every_s)
     attach(shipper)

@@ -71,7 +71,7 @@ def rank_of(work: Work) -> Iterator[Rank]:
         store.log_prefix,
         attempt=store.attempt,
         source=f"rank-{number}",
-        secrets=[settings.token],
+        secrets=[settings.token, settings.code],
     )
     service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
     reporter = Reporter(service, every_s=attempt.assignment.report_every_s)

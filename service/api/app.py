@@ -17,7 +17,10 @@ _TAGS = [
     {"name": "jobs", "description": "Submit, watch and end jobs."},
     {"name": "details", "description": "What a job said and made."},
     {"name": "recipes", "description": "Specs to start from."},
-    {"name": "workers", "description": "The workers' side; each call carries its attempt's token."},
+    {
+        "name": "workers",
+        "description": "The workers' side; the claim carries a code, every other call the attempt's token.",
+    },
     {"name": "health", "description": "For load balancers and people."},
 ]
 

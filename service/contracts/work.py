@@ -1,4 +1,4 @@
-"""What a worker and the service say to each other; every call carries the attempt's token."""
+"""What a worker and the service say to each other; every call but `claim` carries the attempt's token."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,6 +6,12 @@ from pydantic import Field
 
 from service.contracts.base import Stored
 from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
+
+
+class Claim(Stored):
+    """What a worker says first: whoever shows the token of this digest speaks for the attempt from now on."""
+
+    token_hash: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a token that the worker made.")
 
 
 class StoreAddress(Stored):

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import assert_never
 
 from service.contracts.jobs import JobState, LogLine
-from service.contracts.tokens import attempt_token
+from service.contracts.tokens import claim_code
 from service.db.engine import Sessions
 from service.dispatch import observe, record
 from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
@@ -179,7 +179,7 @@ class Reconciler:
             Submission(
                 id=submission_id(job_id, attempt),
                 command=(*rules.worker_command, *told),
-                env={"CIM_ATTEMPT_TOKEN": attempt_token(rules.secret, job_id, attempt)},
+                env={"CIM_CLAIM_CODE": claim_code(rules.secret, job_id, attempt)},
             )
         )
         await record.submitted(self._sessions, job_id, attempt, now=self._clock())

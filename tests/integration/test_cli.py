@@ -17,9 +17,8 @@ from typer.testing import CliRunner, Result
 from service.cli.main import app
 from service.client.work import WorkClient
 from service.contracts.jobs import JobState, LogLine, MetricPoint, Progress
-from service.contracts.tokens import attempt_token
 from service.contracts.work import Finish, Report
-from tests.fakes.world import SECRET, World
+from tests.fakes.world import World, token_of
 
 SPECS = """
 kind: tokenizer
@@ -78,7 +77,7 @@ class Terminal:
 
     def worker(self, job_id: str, attempt: int) -> WorkClient:
         """What a worker of the attempt would use."""
-        return WorkClient(self.url, job_id, attempt, attempt_token(SECRET, job_id, attempt))
+        return WorkClient(self.url, job_id, attempt, token_of(job_id, attempt))
 
     async def succeed(self, job_id: str, *paths: str) -> None:
         """Run the job to its end, with these files."""

@@ -11,6 +11,7 @@ from sqlalchemy import create_engine, make_url, text
 from service.contracts.jobs import JobState as S
 from service.db.moves import Seen
 from service.db.upgrade import upgrade
+from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.moves_contract import MovesContract, moved
 from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -55,6 +56,9 @@ class TestCancel(CancelContract): ...
 
 
 class TestMoves(MovesContract): ...
+
+
+class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...

@@ -1,5 +1,6 @@
 """The contracts of the API on SQLite; tests/integration/test_postgres.py runs them on PostgreSQL."""
 
+from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.moves_contract import MovesContract
 from tests.fakes.submit_contract import CancelContract, ListContract, SubmitContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -15,6 +16,9 @@ class TestCancel(CancelContract): ...
 
 
 class TestMoves(MovesContract): ...
+
+
+class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...
