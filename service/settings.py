@@ -7,9 +7,10 @@ Embedded mode (`cim up`) fills the addresses in by itself; the other entry point
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.contracts.allowed import prefixes_in
 from service.domain.retry import Backoff
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -26,6 +27,7 @@ class Settings(BaseSettings):
     store_url: str  # /absolute/folder or s3://bucket/prefix; credentials come from AWS_... variables
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
+    allowed_storage: str = ""  # prefixes of addresses in specs, comma-separated, besides the own store
     shared_filesystem: bool = False  # workers see this machine's folders, so paths are checked at submit
 
     ray_url: str  # address of Ray's dashboard, e.g. http://127.0.0.1:8265
@@ -49,6 +51,12 @@ class Settings(BaseSettings):
     lost_grace_s: Seconds = 5.0  # from Ray's word that a job ended until we call its attempt failed
     retry_first_s: Seconds = 5.0
     retry_longest_s: Seconds = 300.0
+
+    @field_validator("allowed_storage")
+    @classmethod
+    def _prefixes(cls, value: str) -> str:
+        prefixes_in(value)
+        return value
 
     @property
     def backoff(self) -> Backoff:

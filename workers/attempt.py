@@ -7,9 +7,11 @@ from typing import get_args
 from pydantic import TypeAdapter
 
 from cim_core.durations import Plan
+from service.contracts.allowed import Allowed
 from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
 from service.contracts.work import Assignment
+from workers.cache import Cache
 from workers.settings import WorkerSettings
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
@@ -49,6 +51,16 @@ class Attempt:
         if isinstance(spec, PretrainSpec) and spec.probe is not None:
             sets |= {"probe_train": spec.probe.train, "probe_val": spec.probe.val}
         return sets
+
+    @property
+    def downloads(self) -> Cache:
+        """What fetches the job's inputs to this node, from where they may come."""
+        return Cache(folder=self.cache, address=self.assignment.store, allowed=self.allowed)
+
+    @property
+    def allowed(self) -> Allowed:
+        """Where addresses of the spec may lead."""
+        return Allowed(prefixes=tuple(self.assignment.allowed))
 
     @property
     def run_name(self) -> str:

@@ -181,6 +181,7 @@ def _official_tokenizer(desk: Desk) -> str | None:
         source=spec.model.tokenizer,
         store=desk.store.store,
         address=store,
+        allowed=desk.attempt.allowed,
         folder=desk.attempt.cache,
         say=desk.reporter.say,
         go_on=desk.go_on,

@@ -9,6 +9,7 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.contracts.allowed import Allowed, allowed_by, prefixes_in
 from service.contracts.tokens import code_fits
 from service.contracts.work import StoreAddress
 from service.db.engine import Sessions, only_reads
@@ -44,6 +45,12 @@ class Services:
         return StoreAddress(
             url=settings.store_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
         )
+
+    @property
+    def allowed(self) -> Allowed:
+        """Where the addresses of a spec may lead."""
+        settings = self.settings
+        return allowed_by(prefixes_in(settings.allowed_storage), store_url=settings.store_url)
 
 
 def services_of(request: Request) -> Services:

@@ -4,6 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from service.contracts.allowed import ANYWHERE
 from service.contracts.base import Stored
 from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
 
@@ -40,6 +41,7 @@ class Assignment(Stored):
     inputs: dict[str, str]  # e.g. {"tokenizer": "jobs/ID/tokenizer"}: keys of the store, or a URI
     store: StoreAddress
     checkpoint: Checkpoint | None = None  # where to resume
+    allowed: list[str] = Field(default_factory=lambda: list(ANYWHERE.prefixes))  # of addresses, prefixes
     report_every_s: float = 1.0
 
 

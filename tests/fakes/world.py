@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from service.api.app import create_app
+from service.contracts.allowed import EVERYTHING
 from service.contracts.jobs import JobState
 from service.contracts.tokens import claim_code, digest_of
 from service.db import moves, queries
@@ -172,7 +173,9 @@ class World:
 
 
 @asynccontextmanager
-async def open_world(database_url: str, folder: Path) -> AsyncIterator[World]:
+async def open_world(
+    database_url: str, folder: Path, *, allowed_storage: str = EVERYTHING
+) -> AsyncIterator[World]:
     """A world on a migrated database; closed with every connection of it."""
     images = folder / "images"
     images.mkdir()
@@ -184,6 +187,7 @@ async def open_world(database_url: str, folder: Path) -> AsyncIterator[World]:
         public_url="http://api.test",
         mlflow_url="http://mlflow.test",
         secret=SecretStr(SECRET),
+        allowed_storage=allowed_storage,
         shared_filesystem=True,
     )
     engine = create_engine(database_url)

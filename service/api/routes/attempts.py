@@ -29,7 +29,7 @@ class Taken(Stored):
 @router.get("", summary="What an attempt has to do")
 async def show_assignment(of: Attempt, session: Session, app: App) -> Assignment:
     """The resolved spec, where the inputs lie, and the checkpoint to resume from."""
-    return await work.assignment(session, of.job_id, of.number, store=app.store_address)
+    return await work.assignment(session, of.job_id, of.number, store=app.store_address, allowed=app.allowed)
 
 
 @router.post("/claim", summary="Claim an attempt")

@@ -64,6 +64,7 @@ async def submit_jobs(
         session,
         _listed(documents),
         key=idempotency_key,
+        allowed=app.allowed,
         shared_filesystem=settings.shared_filesystem,
         now=app.clock(),
     )
@@ -83,6 +84,7 @@ async def validate_specs(documents: Documents, app: App) -> Validation:
     return await validating.validate(
         app.sessions,
         _listed(documents),
+        allowed=app.allowed,
         shared_filesystem=app.settings.shared_filesystem,
         costs=app.costs,
     )
