@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -70,7 +71,7 @@ async def serve_api(settings: Settings) -> None:
     app = create_app(settings, create_sessions(engine), open_settings_store(settings))
     server = _server(app, on_ready=lambda: logger.info("listening on %s:%d", settings.host, settings.port))
     stop = stop_on_signals()
-    bound = socket.create_server((settings.host, settings.port), backlog=2048)
+    bound = listen(settings.host, settings.port)
     try:
         await _until_stopped([_serve(server, bound, stop)], stop)
     finally:
@@ -87,6 +88,22 @@ async def serve_dispatcher(settings: Settings, *, open_tracker: OpenTracker) -> 
         await _until_stopped([work], stop)
     finally:
         await engine.dispose()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on that port of loopback.
+
+    Raises:
+        OSError: the port is taken, or the name leads to another address than loopback.
+    """
+    bound = socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+    )
+    address = bound.getsockname()[0]
+    if not ip_address(address).is_loopback:
+        bound.close()
+        raise OSError(f"{host} leads to {address} on this machine, which is not loopback; use 127.0.0.1")
+    return bound
 
 
 def open_settings_store(settings: Settings) -> ObjectStore:

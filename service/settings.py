@@ -4,13 +4,15 @@ Embedded mode (`cim up`) fills the addresses in by itself; the other entry point
 `.env.example` lists the same names with their meanings; a test compares the two.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.contracts.allowed import prefixes_in
+from service.domain import loopback
 from service.domain.retry import Backoff
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -36,7 +38,7 @@ class Settings(BaseSettings):
     mlflow_public_url: str | None = None  # as a browser reaches it; None: the same as mlflow_url
     mlflow_experiment: str = "cim"
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # loopback alone, see service.domain.loopback
     port: Port = 8000
     public_url: str  # of the api, as the workers reach it
     secret: SecretStr = Field(min_length=32)  # claim codes are derived from it; no default
@@ -51,6 +53,13 @@ class Settings(BaseSettings):
     lost_grace_s: Seconds = 5.0  # from Ray's word that a job ended until we call its attempt failed
     retry_first_s: Seconds = 5.0
     retry_longest_s: Seconds = 300.0
+
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        if told := loopback.fault(value):
+            raise ValueError(told)
+        return value
 
     @field_validator("allowed_storage")
     @classmethod
@@ -69,10 +78,30 @@ class Settings(BaseSettings):
         return self.mlflow_public_url or self.mlflow_url
 
 
-def from_environment() -> Settings:
-    """The settings of this process.
+class SettingsError(Exception):
+    """Settings are missing or malformed; the message has a line for each and repeats no secret."""
 
-    Raises:
-        pydantic.ValidationError: one is missing or malformed.
-    """
-    return Settings()  # type: ignore[call-arg]  # each argument is read from the environment
+
+def from_environment() -> Settings:
+    """The settings of this process. Raises SettingsError."""
+    try:
+        return Settings()  # type: ignore[call-arg]  # each argument is read from the environment
+    except ValidationError as error:
+        raise SettingsError("\n".join(_lines(error))) from None
+
+
+def check_environment() -> None:
+    """Judge what embedded mode leaves to the environment, before it starts anything. Raises SettingsError."""
+    filled_in = {"database_url": "", "store_url": "/", "ray_url": "", "public_url": "", "secret": "-" * 32}
+    try:
+        Settings(**filled_in)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise SettingsError("\n".join(_lines(error))) from None
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    # Pydantic's own text repeats what was given, which may be a password in an address.
+    for detail in error.errors(include_url=False, include_input=False):
+        name = f"CIM_{'_'.join(str(part) for part in detail['loc']).upper()}"
+        told = detail["msg"].removeprefix("Value error, ")
+        yield f"{name}: {'is required' if detail['type'] == 'missing' else told}"

@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from service.api import docs, errors
 from service.api.deps import Clock, Services, utc_now
+from service.api.hosts import Hosts
 from service.api.limits import Limits
 from service.api.routes import attempts, details, health, jobs, recipes
 from service.db.engine import Sessions
@@ -65,4 +66,5 @@ def create_app(
     errors.install(app)
     docs.install(app)
     app.add_middleware(Limits)
+    app.add_middleware(Hosts, public_url=settings.public_url)
     return app
