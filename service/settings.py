@@ -25,7 +25,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="CIM_", frozen=True, extra="ignore")
 
     data_dir: Path = Path(".cim")
-    database_url: str  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
+    database_url: str = Field(repr=False)  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
     store_url: str  # /absolute/folder or s3://bucket/prefix; credentials come from AWS_... variables
     s3_endpoint_url: str | None = None
     s3_region: str | None = None

@@ -26,7 +26,7 @@ from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, 
 from workers.logs import LogShipper, attach, detach
 from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
-from workers.settings import UsageError, WorkerSettings, apply_train_environment
+from workers.settings import UsageError, WorkerSettings, apply_train_environment, secrets_of
 from workers.storage import JobStore, ray_storage
 from workers.train_loop import train_loop
 
@@ -107,7 +107,7 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
         store.log_prefix,
         attempt=store.attempt,
         source="driver",
-        secrets=[attempt.settings.token, attempt.settings.code],
+        secrets=secrets_of(attempt.settings),
     )
     reporter = Reporter(service, every_s=attempt.assignment.report_every_s)
     attach(shipper)
@@ -133,7 +133,8 @@ def _finish_of(desk: Desk) -> Finish | None:
             return None
         log.exception("the attempt failed")
         _deliver_the_rest(desk)
-        failure = classify(error, store_url=desk.store.url)
+        secrets = secrets_of(desk.attempt.settings)
+        failure = classify(error, store_url=desk.store.url, secrets=secrets)
         step = last_step(error, default=desk.attempt.resume_step)
         return Finish(outcome="failed", step=step, failure=failure)
     log.info("%s at step %d", "stopped" if outcome.stopped else "succeeded", outcome.step)

@@ -20,6 +20,9 @@ TRAIN_ENVIRONMENT: Mapping[str, str] = {
 }
 
 
+CREDENTIALS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "RAY_AUTH_TOKEN")
+
+
 class UsageError(ValueError):
     """The process was started without something it needs; the message names it."""
 
@@ -51,6 +54,13 @@ class WorkerSettings:
             raise UsageError("CIM_CLAIM_CODE is not set: the service sets it when it starts a worker")
         address = environ.get("RAY_ADDRESS") or None
         return cls(url=url, job_id=job_id, attempt=int(number), code=code, ray_address=address)
+
+
+def secrets_of(settings: WorkerSettings) -> list[str]:
+    """What this process knows and must not say: the attempt's secrets, and the credentials around it."""
+    around = [os.environ.get(name, "") for name in CREDENTIALS]
+    # Anything shorter is a word of a test server, and would be blotted out of every other sentence.
+    return [settings.token, settings.code, *(value for value in around if len(value) >= 12)]
 
 
 def apply_train_environment() -> None:

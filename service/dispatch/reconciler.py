@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import assert_never
 
+from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import claim_code
 from service.db.engine import Sessions
@@ -196,7 +197,8 @@ class Reconciler:
 
     async def _lose(self, observed: Observed, lost: Lost) -> None:
         job = observed.job
-        tail = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
+        said = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
+        tail = [redacted(line) for line in said]
         await self._launcher.stop(observed.submission_id)
         await self._keep_log(observed, tail)
         quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]

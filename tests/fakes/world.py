@@ -184,6 +184,7 @@ async def open_world(
         database_url=database_url,
         store_url=str(folder / "store"),
         ray_url="http://ray.test",
+        ray_token=SecretStr("ray-token-SECRET0004"),
         public_url="http://api.test",
         mlflow_url="http://mlflow.test",
         secret=SecretStr(SECRET),
