@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from service.dispatch.tracker import Tracker
     from service.settings import Settings
 
+_USAGE = 2
 _LOG_BYTES = 10 * 2**20
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 # An outage of MLflow may cost the dispatcher seconds, not the minutes of MLflow's own defaults.
@@ -33,6 +34,8 @@ _MLFLOW_CLIENT = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     given = _parser().parse_args(arguments)
+    from service.settings import SettingsError
+
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "up": _up,
         "api": _api,
@@ -40,7 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "migrate": _migrate,
         "garbage": _garbage,
     }
-    return commands[given.command](given)
+    try:
+        return commands[given.command](given)
+    except SettingsError as error:
+        print(f"service {given.command}: {error}", file=sys.stderr)  # noqa: T201
+        return _USAGE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -74,6 +81,7 @@ def _up(given: argparse.Namespace) -> int:
     from service.db.upgrade import SchemaError
     from service.embedded import UpError, UpOptions, up
     from service.serving import serve_both
+    from service.settings import check_environment
 
     async def serve(
         settings: "Settings", bound: socket.socket, stop: asyncio.Event, on_ready: Callable[[], None]
@@ -81,6 +89,7 @@ def _up(given: argparse.Namespace) -> int:
         _log_to_file(settings.data_dir / "logs" / "service.log")
         await serve_both(settings, bound, stop, open_tracker=_open_tracker, on_ready=on_ready)
 
+    check_environment()
     options = UpOptions(
         data_dir=given.data_dir, port=given.port, mlflow_port=given.mlflow_port, as_json=given.json
     )

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import httpx
 from pydantic import SecretStr
 
+from service.contracts.allowed import EVERYTHING
 from service.data_folder import DataFolder
 from service.dispatch.launcher import LauncherUnavailableError
 from service.dispatch.ray_launcher import RayLauncher
@@ -186,6 +187,8 @@ class _Embedded:
             store_url=str(self._folder.objects),
             s3_endpoint_url=None,
             s3_region=None,
+            # Workers run as this person on this machine: they can read what this person can, and no more.
+            allowed_storage=self._environ.get("CIM_ALLOWED_STORAGE", EVERYTHING),
             shared_filesystem=True,
             ray_url=self._ray.url,
             ray_token=SecretStr(self._folder.secret(self._folder.ray_token.name)),

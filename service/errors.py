@@ -52,9 +52,15 @@ class StaleAttemptError(ServiceError):
 
 
 class UnauthorisedError(ServiceError):
-    """The attempt's token is missing or wrong."""
+    """The attempt's token, or the code that claims it, is missing or wrong."""
 
     code, status, title = "unauthorised", 401, "Unauthorised"
+
+
+class AttemptClaimedError(ServiceError):
+    """A worker came with the code of an attempt that another one has claimed."""
+
+    code, status, title = "attempt_claimed", 409, "Another worker has this attempt"
 
 
 class BrokenManifestError(ServiceError):

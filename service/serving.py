@@ -6,6 +6,7 @@ import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 import uvicorn
@@ -77,7 +78,7 @@ async def serve_api(settings: Settings) -> None:
     app = create_app(settings, sessions, open_settings_store(settings))
     server = _server(app, on_ready=lambda: logger.info("listening on %s:%d", settings.host, settings.port))
     stop = stop_on_signals()
-    bound = socket.create_server((settings.host, settings.port), backlog=2048)
+    bound = listen(settings.host, settings.port)
     try:
         await _until_stopped([_serve(server, bound, stop), _require_schema(sessions, stop)], stop)
     finally:
@@ -112,6 +113,22 @@ async def _require_schema(sessions: Sessions, stop: asyncio.Event) -> None:
             await asyncio.wait([asyncio.ensure_future(stop.wait())], timeout=_DATABASE_PAUSE_S)
         else:
             return
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket on that port of loopback.
+
+    Raises:
+        OSError: the port is taken, or the name leads to another address than loopback.
+    """
+    bound = socket.create_server(
+        (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+    )
+    address = bound.getsockname()[0]
+    if not ip_address(address).is_loopback:
+        bound.close()
+        raise OSError(f"{host} leads to {address} on this machine, which is not loopback; use 127.0.0.1")
+    return bound
 
 
 def open_settings_store(settings: Settings) -> ObjectStore:

@@ -4,15 +4,19 @@ Embedded mode (`cim up`) fills the addresses in by itself; the other entry point
 `.env.example` lists the same names with their meanings; a test compares the two.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
-from pydantic import Field, SecretStr
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.contracts.allowed import prefixes_in
+from service.domain import loopback
 from service.domain.retry import Backoff
 
 Seconds = Annotated[float, Field(gt=0)]
+Kind = TypeVar("Kind", bound="Storage")
 Port = Annotated[int, Field(ge=0, le=65535)]  # 0: any free one
 
 
@@ -21,7 +25,7 @@ class Storage(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="CIM_", frozen=True, extra="ignore")
 
-    database_url: str  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
+    database_url: str = Field(repr=False)  # sqlite+aiosqlite:///PATH or postgresql+psycopg://...
     store_url: str  # /absolute/folder or s3://bucket/prefix; credentials come from AWS_... variables
     s3_endpoint_url: str | None = None
     s3_region: str | None = None
@@ -32,6 +36,7 @@ class Settings(Storage):
     """One frozen object, built in `service.__main__` and passed down."""
 
     data_dir: Path = Path(".cim")
+    allowed_storage: str = ""  # prefixes of addresses in specs, comma-separated, besides the own store
     shared_filesystem: bool = False  # workers see this machine's folders, so paths are checked at submit
 
     ray_url: str  # address of Ray's dashboard, e.g. http://127.0.0.1:8265
@@ -40,10 +45,10 @@ class Settings(Storage):
     mlflow_public_url: str | None = None  # as a browser reaches it; None: the same as mlflow_url
     mlflow_experiment: str = "cim"
 
-    host: str = "127.0.0.1"
+    host: str = "127.0.0.1"  # loopback alone, see service.domain.loopback
     port: Port = 8000
     public_url: str  # of the api, as the workers reach it
-    secret: SecretStr = Field(min_length=32)  # attempt tokens are derived from it; no default
+    secret: SecretStr = Field(min_length=32)  # claim codes are derived from it; no default
 
     worker_python: str = "python"  # interpreter of the workers, inside the cluster
     max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB
@@ -58,6 +63,19 @@ class Settings(Storage):
     retry_first_s: Seconds = 5.0
     retry_longest_s: Seconds = 300.0
 
+    @field_validator("host")
+    @classmethod
+    def _loopback(cls, value: str) -> str:
+        if told := loopback.fault(value):
+            raise ValueError(told)
+        return value
+
+    @field_validator("allowed_storage")
+    @classmethod
+    def _prefixes(cls, value: str) -> str:
+        prefixes_in(value)
+        return value
+
     @property
     def backoff(self) -> Backoff:
         """How long failed attempts wait for the next one."""
@@ -69,15 +87,36 @@ class Settings(Storage):
         return self.mlflow_public_url or self.mlflow_url
 
 
-def from_environment() -> Settings:
-    """The settings of this process.
+class SettingsError(Exception):
+    """Settings are missing or malformed; the message has a line for each and repeats no secret."""
 
-    Raises:
-        pydantic.ValidationError: one is missing or malformed.
-    """
-    return Settings()  # type: ignore[call-arg]  # each argument is read from the environment
+
+def from_environment() -> Settings:
+    """The settings of this process. Raises SettingsError."""
+    return _read(Settings)
 
 
 def storage_from_environment() -> Storage:
-    """The part of the settings that says where rows and objects lie; raises as `from_environment` does."""
-    return Storage()  # type: ignore[call-arg]  # likewise
+    """The part of the settings that says where rows and objects lie. Raises SettingsError."""
+    return _read(Storage)
+
+
+def check_environment() -> None:
+    """Judge what embedded mode leaves to the environment, before it starts anything. Raises SettingsError."""
+    filled_in = {"database_url": "", "store_url": "/", "ray_url": "", "public_url": "", "secret": "-" * 32}
+    _read(Settings, **filled_in)
+
+
+def _read(kind: Callable[..., Kind], **filled_in: str) -> Kind:
+    try:
+        return kind(**filled_in)  # each other argument is read from the environment
+    except ValidationError as error:
+        raise SettingsError("\n".join(_lines(error))) from None
+
+
+def _lines(error: ValidationError) -> Iterator[str]:
+    # Pydantic's own text repeats what was given, which may be a password in an address.
+    for detail in error.errors(include_url=False, include_input=False):
+        name = f"CIM_{'_'.join(str(part) for part in detail['loc']).upper()}"
+        told = detail["msg"].removeprefix("Value error, ")
+        yield f"{name}: {'is required' if detail['type'] == 'missing' else told}"

@@ -1,6 +1,6 @@
 """`python -m workers --url URL --attempt JOB_ID/N`: the entrypoint of a Ray job.
 
-The attempt's token comes from the environment, CIM_ATTEMPT_TOKEN. Exit status: see
+The code that claims the attempt comes from the environment, CIM_CLAIM_CODE. Exit status: see
 `workers.failures.ExitCode`.
 """
 
@@ -13,7 +13,10 @@ from types import FrameType
 
 from workers.driver import run
 from workers.failures import ExitCode
-from workers.settings import UsageError, WorkerSettings
+from workers.logs import BlottingFormatter
+from workers.settings import UsageError, WorkerSettings, secrets_of
+
+_LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -22,11 +25,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--url", required=True, help="address of the service, e.g. http://127.0.0.1:8000")
     parser.add_argument("--attempt", required=True, metavar="JOB_ID/N", help="which attempt of which job")
     given = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     try:
         settings = WorkerSettings.read(given.url, given.attempt, os.environ)
     except UsageError as error:
         parser.exit(ExitCode.USAGE, f"{error}\n")
+    printing = logging.StreamHandler()
+    printing.setFormatter(BlottingFormatter(_LINE, secrets=secrets_of(settings)))
+    logging.basicConfig(level=logging.WARNING, handlers=[printing])
     signal.signal(signal.SIGTERM, _terminate)
     return run(settings)
 

@@ -7,9 +7,11 @@ from typing import get_args
 from pydantic import TypeAdapter
 
 from cim_core.durations import Plan
+from service.contracts.allowed import Allowed
 from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
 from service.contracts.work import Assignment
+from workers.cache import Cache
 from workers.settings import WorkerSettings
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
@@ -56,6 +58,16 @@ class Attempt:
         return sets
 
     @property
+    def downloads(self) -> Cache:
+        """What fetches the job's inputs to this node, from where they may come."""
+        return Cache(folder=self.cache, address=self.assignment.store, allowed=self.allowed)
+
+    @property
+    def allowed(self) -> Allowed:
+        """Where addresses of the spec may lead."""
+        return Allowed(prefixes=tuple(self.assignment.allowed))
+
+    @property
     def run_name(self) -> str:
         """Ray Train's identity of the run. The same name would silently continue an old run."""
         return f"cim-{self.assignment.job_id}-{self.assignment.attempt}"
@@ -72,7 +84,9 @@ class Work:
     """What the driver has found out and hands to every rank."""
 
     attempt: Attempt
-    indices: dict[str, str]  # role of an image set (data, train, val, ...) to its index as JSON
+    # Role of an image set (data, train, val, ...) to its index as JSON. Not in the repr: Ray Train keeps that
+    # of whatever a rank is handed, and shows it.
+    indices: dict[str, str] = field(repr=False)
     plan: Plan | None  # None: nothing is trained
     tokenizer: str | None = None  # of source dall-e: key prefix of its folder in the object store
     files: list[FileEntry] = field(default_factory=list)  # stored so far

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from cim_core.data.sources import expand_braces
+from cim_core.data.sources import expand_braces, places
 from cim_core.errors import DataError
+from service.contracts.allowed import Allowed
 from service.contracts.work import StoreAddress
 from service.store.base import Entry, ObjectStore, below
 from service.store.open import open_store
+from workers.allowed import check_address, check_places
 from workers.storage import open_address, patiently
 
 OnFile = Callable[[int, int], None]  # (files here, files in all)
@@ -43,6 +45,7 @@ class Cache:
 
     folder: Path
     address: StoreAddress
+    allowed: Allowed  # where addresses may lead; what is a key of the job store is not one
     on_file: OnFile | None = None
 
     def artifact(self, source: str) -> Path:
@@ -57,8 +60,11 @@ class Cache:
         path = Path(source.removeprefix("file://"))
         if not path.is_absolute():
             return self._download(open_address(self.address), source.strip("/"), source=source)
+        check_address(str(path), self.allowed)
+        check_places([path], self.allowed, given=source)
         if not path.is_dir():
             raise DataError(f"{source} is not a folder on the worker's node: give one that every node sees")
+        check_places(path.iterdir(), self.allowed, given=source)
         return path
 
     def images(self, uri: str) -> str:
@@ -72,13 +78,17 @@ class Cache:
             path = uri.removeprefix("file://")
             if not Path(path).is_absolute():
                 raise DataError(f"{uri} is a relative path, and workers run elsewhere: give an absolute one")
+            check_address(path, self.allowed)
+            if not self.allowed.anywhere_local:
+                check_places(places(path), self.allowed, given=uri)
             return path
         head, _, last = uri.rstrip("/").rpartition("/")
         if not (last.endswith(".tar") or set(last) & set("*?[{")):
             return str(self._from_s3(uri))
-        return str(self._from_s3(head, patterns=expand_braces(last)) / last)
+        return str(self._from_s3(head, patterns=list(expand_braces(last))) / last)
 
     def _from_s3(self, uri: str, *, patterns: Sequence[str] = ("*",)) -> Path:
+        check_address(uri, self.allowed)
         url = "s3://" + uri.removeprefix("s3://").strip("/")
         store = open_store(url, endpoint_url=self.address.endpoint_url, region=self.address.region)
         return self._download(store, "", source=uri, patterns=patterns)

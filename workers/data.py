@@ -17,7 +17,6 @@ from cim_core.seeding import generator_for
 from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from workers.attempt import AnySpec, Attempt, Work
-from workers.cache import Cache
 from workers.rank import Rank
 from workers.reporting import Reporter
 from workers.results import put_json, spec_document
@@ -71,7 +70,7 @@ def index_of(rank: Rank, role: str) -> Index:
         StoreError: the images' store stayed away.
     """
     attempt = rank.attempt
-    Cache(folder=attempt.cache, address=attempt.assignment.store).images(attempt.image_sets[role])
+    attempt.downloads.images(attempt.image_sets[role])
     return Index.from_json(rank.work.indices[role])
 
 
@@ -157,7 +156,7 @@ def _read(attempt: Attempt, store: JobStore, uri: str, *, reporter: Reporter) ->
     def seen(done: int, total: int) -> None:
         reporter.say(f"reading images: {done} of {total}")
 
-    path = Cache(folder=attempt.cache, address=attempt.assignment.store, on_file=fetched).images(uri)
+    path = replace(attempt.downloads, on_file=fetched).images(uri)
     try:
         index = scan(path, on_progress=seen)
     except NoUsableImageError as error:

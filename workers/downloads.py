@@ -22,6 +22,7 @@ AGAIN = frozenset({408, 425, 429})  # besides 5xx: the server says "later", not 
 COMPLETE, PARTIAL, BAD_RANGE = 200, 206, 416
 
 OnBytes = Callable[[int, int | None], None]  # (bytes here, bytes in all where known)
+MayFetch = Callable[[str], None]  # raises for an address that must not be asked
 
 
 class SourceAwayError(Exception):
@@ -49,10 +50,13 @@ class _Part:
         self.total = self.validator = None
 
 
-def download(address: str, target: Path, *, on_bytes: OnBytes, pause_s: float = 1.0) -> None:
+def download(
+    address: str, target: Path, *, on_bytes: OnBytes, may_fetch: MayFetch, pause_s: float = 1.0
+) -> None:
     """Fetch `address` into `target`, which appears when it is whole.
 
-    `on_bytes` is called between pieces and may raise to end the download.
+    `on_bytes` is called between pieces, `may_fetch` before each request, those that a server sends us on to
+    as well; both may raise to end the download.
 
     Raises:
         DataError: the server says that there is no such file for us, or the file is too large.
@@ -62,7 +66,8 @@ def download(address: str, target: Path, *, on_bytes: OnBytes, pause_s: float = 
     target.parent.mkdir(parents=True, exist_ok=True)
     part.restart()
     turn = 0
-    with httpx.Client(timeout=TIMEOUT, follow_redirects=True) as client:
+    hooks = {"request": [lambda request: may_fetch(str(request.url))]}
+    with httpx.Client(timeout=TIMEOUT, follow_redirects=True, event_hooks=hooks) as client:
         while True:
             before = part.size
             try:

@@ -27,7 +27,7 @@ from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, 
 from workers.logs import LogShipper, attach, detach
 from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
-from workers.settings import UsageError, WorkerSettings, apply_train_environment
+from workers.settings import UsageError, WorkerSettings, apply_train_environment, secrets_of
 from workers.spool import recover
 from workers.storage import JobStore, ray_storage
 from workers.train_loop import train_loop
@@ -64,6 +64,7 @@ def run(settings: WorkerSettings) -> ExitCode:
     apply_train_environment()
     service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
     try:
+        service.claim(settings.code)
         assignment = service.assignment()
         finish = _attempt(settings, assignment, service)
         if finish is None:
@@ -73,7 +74,7 @@ def run(settings: WorkerSettings) -> ExitCode:
         log.warning("a newer attempt owns this job, or it is final: nothing more is written")
         return ExitCode.STALE
     except ApiError:
-        log.exception("the service cannot be told how the attempt ended")
+        log.exception("the service refused, or stayed away: how the attempt ended is not told")
         return ExitCode.INFRASTRUCTURE
     finally:
         service.close()
@@ -109,7 +110,7 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
         spool=attempt.spool,
         attempt=store.attempt,
         source="driver",
-        secrets=[attempt.settings.token],
+        secrets=secrets_of(attempt.settings),
     )
     reporter = Reporter(service, every_s=attempt.assignment.report_every_s)
     attach(shipper)
@@ -148,7 +149,8 @@ def _finish_of(desk: Desk) -> Finish | None:
             return None
         log.exception("the attempt failed")
         _deliver_the_rest(desk)
-        failure = classify(error, store_url=desk.store.url)
+        secrets = secrets_of(desk.attempt.settings)
+        failure = classify(error, store_url=desk.store.url, secrets=secrets)
         step = last_step(error, default=desk.attempt.resume_step)
         return Finish(outcome="failed", step=step, failure=failure)
     log.info("%s at step %d", "stopped" if outcome.stopped else "succeeded", outcome.step)
@@ -196,6 +198,7 @@ def _official_tokenizer(desk: Desk) -> str | None:
         source=spec.model.tokenizer,
         store=desk.store.store,
         address=store,
+        allowed=desk.attempt.allowed,
         folder=desk.attempt.cache,
         say=desk.reporter.say,
         go_on=desk.go_on,

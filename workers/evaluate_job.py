@@ -15,7 +15,6 @@ from cim_core.seeding import seed_for
 from service.contracts.jobs import Progress
 from service.contracts.specs import EvaluateSpec, Knn
 from workers.attempt import Outcome
-from workers.cache import Cache
 from workers.neighbours import Features, Labelled, measure
 from workers.rank import Rank
 from workers.results import put_json, result_document
@@ -85,7 +84,7 @@ def random_encoder(folder: Path, *, seed: int) -> nn.Module:
 def _encoders(rank: Rank) -> dict[str, Callable[[], nn.Module]]:
     spec = spec_of(rank)
     rank.say("fetching the encoder")
-    cache = Cache(folder=rank.attempt.cache, address=rank.attempt.assignment.store)
+    cache = rank.attempt.downloads
     folder = cache.artifact(rank.attempt.assignment.inputs.get("encoder", spec.encoder))
     encoders: dict[str, Callable[[], nn.Module]] = {TRAINED: lambda: load_encoder(folder)}
     if spec.compare_random:

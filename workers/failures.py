@@ -5,7 +5,7 @@ pickling, and a user needs one sentence, not a traceback. The traceback goes to 
 """
 
 import errno
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from enum import IntEnum
 
 import ray.exceptions
@@ -18,6 +18,7 @@ from service.contracts.jobs import FailureKind
 from service.contracts.work import Failure
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from workers.downloads import SourceAwayError
+from workers.logs import blotted
 
 MAX_MESSAGE = 4_000
 USER_ERRORS = (ConfigError, DataError, ModelError, NonFiniteError, CheckpointMismatchError)
@@ -68,11 +69,11 @@ class AttemptFailedError(Exception):
         return self.message
 
 
-def portable(error: BaseException, *, store_url: str, step: int) -> Exception:
+def portable(error: BaseException, *, store_url: str, step: int, secrets: Iterable[str] = ()) -> Exception:
     """`error`, which happened after `step` steps, as an exception that can travel to the driver."""
     if is_stale(error):
         return AttemptStaleError(str(error))
-    failure = classify(error, store_url=store_url)
+    failure = classify(error, store_url=store_url, secrets=secrets)
     return AttemptFailedError(failure.kind.value, failure.message, step)
 
 
@@ -86,11 +87,14 @@ def is_stale(error: BaseException) -> bool:
     return any(isinstance(cause, AttemptStaleError | StaleAttempt) for cause in causes(error))
 
 
-def classify(error: BaseException, *, store_url: str) -> Failure:
-    """Why the attempt failed, in one sentence that says what to change where the user can."""
+def classify(error: BaseException, *, store_url: str, secrets: Iterable[str] = ()) -> Failure:
+    """Why the attempt failed, in one sentence that says what to change where the user can.
+
+    Errors of libraries repeat what they were given, so `secrets` are blotted out.
+    """
     found = [_classify_one(cause, store_url=store_url) for cause in causes(error)]
     first = min(found, key=lambda item: _TELLING.index(item[0]))
-    return Failure(kind=first[0], message=first[1][:MAX_MESSAGE])
+    return Failure(kind=first[0], message=blotted(first[1], secrets)[:MAX_MESSAGE])
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+from service.contracts.addresses import redacted
 from service.contracts.jobs import LogLine
 from workers.spool import PutBytes, Spool, send
 
@@ -140,8 +141,7 @@ class LogShipper(logging.Handler):
             self._append(self._line("WARNING", text, at=time.time()))
 
     def _line(self, level: str, message: str, *, at: float) -> str:
-        for secret in self._secrets:
-            message = message.replace(secret, "***")
+        message = blotted(message, self._secrets)
         if len(message) > MAX_LINE_CHARS:
             message = f"{message[:MAX_LINE_CHARS]} ... ({len(message)} characters)"
         line = LogLine(
@@ -152,6 +152,25 @@ class LogShipper(logging.Handler):
             message=message,
         )
         return line.model_dump_json() + "\n"
+
+
+def blotted(text: str, secrets: Iterable[str]) -> str:
+    """`text` without these secrets, and without any in the addresses that it names."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return redacted(text)
+
+
+class BlottingFormatter(logging.Formatter):
+    """For what a process prints: Ray shows it to everybody."""
+
+    def __init__(self, text: str, *, secrets: Iterable[str]) -> None:
+        super().__init__(text)
+        self._secrets = tuple(secrets)
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, tracebacks included, without secrets."""
+        return blotted(super().format(record), self._secrets)
 
 
 def attach(shipper: LogShipper) -> None:

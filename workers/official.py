@@ -18,16 +18,17 @@ from cim_core.config import TokenizerSource
 from cim_core.errors import DataError
 from cim_core.tokenizers.official import read_official, sha256_of
 from cim_core.tokenizers.store import RECORD, TENSORS, save_tokenizer
+from service.contracts.allowed import DALL_E_FILES, Allowed
 from service.contracts.work import StoreAddress
 from service.store.base import MissingObjectError, ObjectStore
 from service.store.open import open_store
+from workers.allowed import check_address, check_places
 from workers.cache import locked
 from workers.downloads import download, shown
 from workers.storage import patiently
 
 log = logging.getLogger(__name__)
 
-OPENAI = "https://cdn.openai.com/dall-e"
 PREFIX = "tokenizers/dall-e"
 WEB = ("http://", "https://")
 MB = 1_000_000
@@ -59,6 +60,7 @@ class OfficialTokenizer:
     source: TokenizerSource
     store: ObjectStore
     address: StoreAddress  # `s3://` sources are read with its endpoint and region
+    allowed: Allowed  # where addresses may lead
     folder: Path  # for downloads on this node
     say: Callable[[str], None]
     go_on: Callable[[], None]  # raises when the job is to end
@@ -102,7 +104,10 @@ class OfficialTokenizer:
 
     def _halves(self) -> tuple[Half, Half]:
         given = self.source
-        encoder, decoder = given.encoder or f"{OPENAI}/encoder.pkl", given.decoder or f"{OPENAI}/decoder.pkl"
+        encoder, decoder = (
+            given.encoder or f"{DALL_E_FILES}/encoder.pkl",
+            given.decoder or f"{DALL_E_FILES}/decoder.pkl",
+        )
         return (
             Half(name="encoder", address=encoder, wanted=given.encoder_sha256),
             Half(name="decoder", address=decoder, wanted=given.decoder_sha256),
@@ -127,8 +132,10 @@ class OfficialTokenizer:
 
     def _file(self, half: Half) -> Path:
         """The file on this node."""
+        check_address(half.address, self.allowed)
         if half.is_local:
             path = Path(half.address)
+            check_places([path], self.allowed, given=half.address)
             if not path.is_file():
                 raise DataError(
                     f"model.tokenizer.{half.name}: {path} is no file on the worker's node: give one that "
@@ -137,7 +144,12 @@ class OfficialTokenizer:
             return path
         target = self.folder / "dall-e" / f"{half.name}.pkl"
         if half.address.startswith(WEB):
-            download(half.address, target, on_bytes=lambda done, total: self._show(half, done, total))
+            download(
+                half.address,
+                target,
+                on_bytes=lambda done, total: self._show(half, done, total),
+                may_fetch=lambda address: check_address(address, self.allowed),
+            )
         else:
             self._from_s3(half, target)
         return target

@@ -23,7 +23,6 @@ from cim_core.tokenizers.fake import FakeTokenizer
 from cim_core.tokenizers.store import load_tokenizer
 from service.contracts.specs import PretrainSpec
 from workers.attempt import Outcome
-from workers.cache import Cache
 from workers.data import index_of
 from workers.neighbours import Labelled, measure
 from workers.rank import Rank
@@ -80,7 +79,7 @@ def tokenizer_of(rank: Rank) -> Tokenizer:
         log.warning("the tokenizer is FAKE, an untrained stand-in for tests: the encoder will be worthless")
         return FakeTokenizer()
     rank.say("fetching the tokenizer")
-    cache = Cache(folder=rank.attempt.cache, address=rank.attempt.assignment.store)
+    cache = rank.attempt.downloads
     given = rank.attempt.assignment.inputs.get("tokenizer", source)
     return load_tokenizer(cache.artifact(rank.work.tokenizer or given))
 

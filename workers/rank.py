@@ -16,6 +16,7 @@ from workers.attempt import Attempt, Work
 from workers.failures import is_stale, portable
 from workers.logs import LogShipper, attach, detach
 from workers.reporting import Reporter
+from workers.settings import secrets_of
 from workers.storage import JobStore
 
 log = logging.getLogger(__name__)
@@ -72,7 +73,7 @@ def rank_of(work: Work) -> Iterator[Rank]:
         spool=attempt.spool,
         attempt=store.attempt,
         source=f"rank-{number}",
-        secrets=[settings.token],
+        secrets=secrets_of(settings),
     )
     service = WorkClient(settings.url, settings.job_id, settings.attempt, settings.token)
     reporter = Reporter(service, every_s=attempt.assignment.report_every_s)
@@ -98,7 +99,8 @@ def rank_of(work: Work) -> Iterator[Rank]:
             shipper.abandon()
         else:
             log.exception("rank %d failed", number)
-        raise portable(error, store_url=store.url, step=reporter.step) from None
+        secrets = secrets_of(settings)
+        raise portable(error, store_url=store.url, step=reporter.step, secrets=secrets) from None
     finally:
         reporter.close()
         detach(shipper)

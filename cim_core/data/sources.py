@@ -10,6 +10,8 @@ from pathlib import Path
 from cim_core.errors import DataError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
+_NUMBERS = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
+MOST_SHARDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +57,58 @@ def walk(uri_path: str) -> tuple[Path, Iterator[Candidate | Skipped]]:
 
     Raises DataError, also while the files are gone through, where something cannot be listed.
     """
+    first, *rest = places(uri_path)
+    if first.is_dir():
+        return first, _in_folder(first)
+    return _in_tars([first, *rest], given=uri_path)
+
+
+def places(uri_path: str) -> list[Path]:
+    """What `uri_path` stands for, links followed: one folder, or the files that it names. At least one."""
     path = Path(uri_path)
-    if path.is_dir():
-        return path.resolve(), _in_folder(path.resolve())
-    if path.is_file():
-        return _in_tars([path], given=uri_path)
-    tars = sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
-    if not tars:
+    if path.is_dir() or path.is_file():
+        return [path.resolve()]
+    files = sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
+    if not files:
         raise DataError(
             f"data.uri: {uri_path} does not exist; give a folder, a .tar or a pattern of .tar files"
         )
-    return _in_tars(tars, given=uri_path)
+    return [file.resolve() for file in files]
 
 
-def expand_braces(pattern: str) -> list[str]:
-    """`a-{0..2}.tar` and `{a,b}.tar` written out; numbers keep the width of the first."""
-    match = _BRACES.search(pattern)
-    if match is None:
-        return [pattern]
-    ends = match[1].split("..")
-    if len(ends) == 2 and ends[0].isdigit() and ends[1].isdigit():
-        choices = [str(i).zfill(len(ends[0])) for i in range(int(ends[0]), int(ends[1]) + 1)]
-    else:
-        choices = match[1].split(",")
-    return [
-        p
-        for choice in choices
-        for p in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
-    ]
+def expand_braces(pattern: str) -> Iterator[str]:
+    """`a-{0..2}.tar` and `{a,b}.tar` written out; numbers keep the width of the first.
+
+    Raises DataError once it is clear that there are more than `MOST_SHARDS`.
+    """
+    left = MOST_SHARDS
+    todo: list[Iterator[str]] = [iter([pattern])]
+    while todo:
+        one = next(todo[-1], None)
+        if one is None:
+            todo.pop()
+        elif (match := _BRACES.search(one)) is not None:
+            todo.append(_chosen(one, match))
+        elif left:
+            left -= 1
+            yield one
+        else:
+            raise _too_many(pattern)
+
+
+def _chosen(pattern: str, match: re.Match[str]) -> Iterator[str]:
+    """`pattern` with each choice of its first braces."""
+    choices: Iterable[str] = match[1].split(",")
+    if ends := _NUMBERS.fullmatch(match[1]):
+        first, last = int(ends[1]), int(ends[2])
+        if last - first >= MOST_SHARDS:
+            raise _too_many(pattern)
+        choices = (str(number).zfill(len(ends[1])) for number in range(first, last + 1))
+    return (pattern[: match.start()] + choice + pattern[match.end() :] for choice in choices)
+
+
+def _too_many(pattern: str) -> DataError:
+    return DataError(f"data.uri: a pattern may stand for at most {MOST_SHARDS} shards, got {pattern}")
 
 
 def _glob(pattern: str) -> Iterator[Path]:
@@ -101,7 +127,6 @@ def _in_tars(tars: list[Path], *, given: str) -> tuple[Path, Iterator[Candidate 
             f"data.uri: {not_tars[0]} (from {given}) is not an uncompressed tar file; give a folder, a .tar"
             " or a pattern of .tar files (a compressed archive has to be unpacked first)"
         )
-    tars = [path.resolve() for path in tars]
     root = Path(os.path.commonpath([path.parent for path in tars]))
     return root, (item for path in tars for item in _in_tar(path, path.relative_to(root).as_posix()))
 

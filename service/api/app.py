@@ -6,6 +6,7 @@ from fastapi import FastAPI
 
 from service.api import docs, errors
 from service.api.deps import Clock, Services, utc_now
+from service.api.hosts import Hosts
 from service.api.limits import Limits
 from service.api.routes import attempts, details, health, jobs, recipes, wishes
 from service.db.engine import Sessions
@@ -17,7 +18,10 @@ _TAGS = [
     {"name": "jobs", "description": "Submit, watch and end jobs."},
     {"name": "details", "description": "What a job said and made."},
     {"name": "recipes", "description": "Specs to start from."},
-    {"name": "workers", "description": "The workers' side; each call carries its attempt's token."},
+    {
+        "name": "workers",
+        "description": "The workers' side; the claim carries a code, every other call the attempt's token.",
+    },
     {"name": "health", "description": "For load balancers and people."},
 ]
 
@@ -69,4 +73,5 @@ def create_app(
     errors.install(app)
     docs.install(app)
     app.add_middleware(Limits)
+    app.add_middleware(Hosts, public_url=settings.public_url)
     return app

@@ -9,11 +9,12 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.contracts.tokens import token_fits
+from service.contracts.allowed import Allowed, allowed_by, prefixes_in
+from service.contracts.tokens import code_fits
 from service.contracts.work import StoreAddress
 from service.db.engine import Sessions, only_reads
 from service.errors import UnauthorisedError
-from service.jobs import artifacts, references
+from service.jobs import artifacts, claim, references
 from service.jobs.costs import Costs
 from service.settings import Settings
 from service.store.base import ObjectStore
@@ -44,6 +45,12 @@ class Services:
         return StoreAddress(
             url=settings.store_url, endpoint_url=settings.s3_endpoint_url, region=settings.s3_region
         )
+
+    @property
+    def allowed(self) -> Allowed:
+        """Where the addresses of a spec may lead."""
+        settings = self.settings
+        return allowed_by(prefixes_in(settings.allowed_storage), store_url=settings.store_url)
 
 
 def services_of(request: Request) -> Services:
@@ -86,34 +93,54 @@ IdempotencyKey = Annotated[
 ]
 LastEventId = Annotated[str | None, Header(description="Go on after this event of a broken stream.")]
 
-_bearer = HTTPBearer(
-    auto_error=False, description="The attempt's token; the dispatcher hands it to its worker."
+_token = HTTPBearer(
+    auto_error=False,
+    scheme_name="AttemptToken",
+    description="The token that the attempt's worker made, and claimed the attempt with.",
+)
+_code = HTTPBearer(
+    auto_error=False,
+    scheme_name="ClaimCode",
+    description="The code that the dispatcher starts the attempt's worker with; good for the claim alone.",
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRef:
-    """An attempt whose token was shown."""
+    """An attempt whose token, or code, was shown."""
 
     job_id: str
     number: int
 
 
-def authorised(
-    app: App,
-    job_id: Annotated[str, Path(description="The job's full id.")],
-    attempt: Annotated[int, Path(ge=1, le=1_000_000)],
-    shown: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+WholeId = Annotated[str, Path(description="The job's full id.")]
+Number = Annotated[int, Path(ge=1, le=1_000_000)]
+Shown = HTTPAuthorizationCredentials | None
+
+
+def startable(
+    app: App, job_id: WholeId, attempt: Number, shown: Annotated[Shown, Depends(_code)]
 ) -> AttemptRef:
-    """The attempt in the address, if the request carries its token."""
+    """The attempt in the address, if the request carries the code that its worker was started with."""
     secret = app.settings.secret.get_secret_value()
-    token = shown.credentials if shown is not None else ""
-    if not token_fits(token, secret=secret, job_id=job_id, attempt=attempt):
-        raise UnauthorisedError("send `Authorization: Bearer TOKEN` with the token of this attempt")
+    code = shown.credentials if shown is not None else ""
+    if not code_fits(code, secret=secret, job_id=job_id, attempt=attempt):
+        raise UnauthorisedError("send `Authorization: Bearer CODE` with the code of this attempt")
     return AttemptRef(job_id=job_id, number=attempt)
 
 
-Attempt = Annotated[AttemptRef, Depends(authorised)]
+async def claimed(
+    app: App, job_id: WholeId, attempt: Number, shown: Annotated[Shown, Depends(_token)]
+) -> AttemptRef:
+    """The attempt in the address, if the request carries the token that it was claimed with."""
+    token = shown.credentials if shown is not None else ""
+    if not await claim.speaks_for(app.sessions, job_id, attempt, token):
+        raise UnauthorisedError("send `Authorization: Bearer TOKEN` with the token that claimed this attempt")
+    return AttemptRef(job_id=job_id, number=attempt)
+
+
+StartableAttempt = Annotated[AttemptRef, Depends(startable)]
+Attempt = Annotated[AttemptRef, Depends(claimed)]
 
 
 async def find_job_id(app: App, ref: Ref) -> str:

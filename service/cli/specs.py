@@ -163,8 +163,10 @@ def _make_absolute(spec: Spec, folder: Path) -> None:
 
 
 def _absolute(value: str, folder: Path, *, only_if_a_path: bool) -> str:
-    if not value or ELSEWHERE.match(value) or value.startswith("/"):
+    if not value or ELSEWHERE.match(value):
         return value
+    if value.startswith("/"):
+        return str(Path(value).resolve()) if ".." in value.split("/") else value
     if value.startswith("~"):
         return str(Path(value).expanduser())
     if only_if_a_path and "/" not in value and not (folder / value).exists():

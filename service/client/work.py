@@ -4,13 +4,15 @@ Every call may be repeated: the service takes a report, checkpoint or finish tha
 as a repetition. So a lost answer costs one more request and nothing else.
 """
 
+from collections.abc import Mapping
 from typing import Any, Self
 
 import httpx
 from pydantic import BaseModel
 
 from service.client.http import Backoff, Transport, parse
-from service.contracts.work import Assignment, Checkpoint, Finish, Report, ReportReply
+from service.contracts.tokens import digest_of
+from service.contracts.work import Assignment, Checkpoint, Claim, Finish, Report, ReportReply
 
 PATIENCE_S = 15 * 60.0
 
@@ -39,6 +41,7 @@ class WorkClient:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._path = f"/v1/attempts/{job_id}/{attempt}"
+        self._claim = Claim(token_hash=digest_of(token))
         self._transport = Transport(
             url, timeout_s=timeout_s, token=token, backoff=backoff, transport=transport
         )
@@ -52,6 +55,11 @@ class WorkClient:
     def close(self) -> None:
         """Close the connections."""
         self._transport.close()
+
+    def claim(self, code: str, *, patience_s: float = PATIENCE_S) -> None:
+        """Make `token` the one that speaks for the attempt. The first call of all."""
+        shown = {"Authorization": f"Bearer {code}"}
+        self._post("claim", self._claim, patience_s=patience_s, headers=shown)
 
     def assignment(self, *, patience_s: float = PATIENCE_S) -> Assignment:
         """What to do."""
@@ -69,9 +77,11 @@ class WorkClient:
         """Say how the attempt ended."""
         self._post("finish", finish, patience_s=patience_s)
 
-    def _post(self, what: str, body: BaseModel, *, patience_s: float) -> httpx.Response:
+    def _post(
+        self, what: str, body: BaseModel, *, patience_s: float, headers: Mapping[str, str] | None = None
+    ) -> httpx.Response:
         content: Any = body.model_dump_json()
-        headers = {"Content-Type": "application/json"}
+        headers = {"Content-Type": "application/json", **(headers or {})}
         return self._transport.call(
             "POST", f"{self._path}/{what}", content=content, headers=headers, patience_s=patience_s
         )

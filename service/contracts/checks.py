@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from cim_core.config import EnhancerConfig, GeneratorConfig, ModelConfig, TrainingConfig
+from service.contracts.addresses import AnySpec, secrets_in
 from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width, nearest_enhancers
 from service.contracts.problems import FieldProblem
-from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources, TokenizerSpec
-
-AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
+from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources
 
 
 def check(spec: AnySpec) -> Iterator[FieldProblem]:
     """Every broken rule."""
+    yield from secrets_in(spec)
     if isinstance(spec, EvaluateSpec):
         yield from _encoder(spec.encoder)
         return

@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from cim_core.errors import ConfigError
 from service.contracts import checks
+from service.contracts.addresses import without_secrets
 from service.contracts.lessons import place_of, problems_of, shown, unknown_kind
 from service.contracts.problems import FieldProblem
 from service.contracts.recipes import expand
@@ -51,8 +52,8 @@ def place(number: int, count: int) -> str:
 
 
 def at(where: str, problem: FieldProblem) -> FieldProblem:
-    """The problem with `where` before its path."""
-    return problem.model_copy(update={"path": (where + problem.path).rstrip(".") or "spec"})
+    """The problem with `where` before its path, fit to be shown."""
+    return without_secrets(problem).model_copy(update={"path": (where + problem.path).rstrip(".") or "spec"})
 
 
 def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:

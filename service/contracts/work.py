@@ -1,11 +1,18 @@
-"""What a worker and the service say to each other; every call carries the attempt's token."""
+"""What a worker and the service say to each other; every call but `claim` carries the attempt's token."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from service.contracts.allowed import ANYWHERE
 from service.contracts.base import Stored
 from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
+
+
+class Claim(Stored):
+    """What a worker says first: whoever shows the token of this digest speaks for the attempt from now on."""
+
+    token_hash: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a token that the worker made.")
 
 
 class StoreAddress(Stored):
@@ -34,6 +41,7 @@ class Assignment(Stored):
     inputs: dict[str, str]  # e.g. {"tokenizer": "jobs/ID/tokenizer"}: keys of the store, or a URI
     store: StoreAddress
     checkpoint: Checkpoint | None = None  # where to resume
+    allowed: list[str] = Field(default_factory=lambda: list(ANYWHERE.prefixes))  # of addresses, prefixes
     report_every_s: float = 1.0
 
 

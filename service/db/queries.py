@@ -132,6 +132,12 @@ async def events(session: AsyncSession, job_id: str, *, after: int, limit: int) 
     return (await session.scalars(query.order_by(EventRow.id).limit(limit))).all()
 
 
+async def has_event(session: AsyncSession, job_id: str, message: str) -> bool:
+    """Whether a job has an event of exactly that message."""
+    query = select(EventRow.id).where(EventRow.job_id == job_id, EventRow.message == message)
+    return await session.scalar(query.limit(1)) is not None
+
+
 async def metrics(
     session: AsyncSession, job_id: str, *, key: str | None = None, after_step: int = -1, limit: int
 ) -> Sequence[MetricRow]:

@@ -108,6 +108,7 @@ class AttemptRow(Base):
     failure_kind: Mapped[FailureKind | None] = mapped_column(enum_column(FailureKind, name="failure_kind"))
     message: Mapped[str | None]
     resumed_from_step: Mapped[int | None]
+    token_hash: Mapped[str | None] = mapped_column(String(64))  # of the worker that claimed it
 
 
 class EventRow(Base):

@@ -22,7 +22,7 @@ class Submission:
 
     id: str
     command: Sequence[str]
-    env: Mapping[str, str] = field(repr=False)  # holds the attempt's token
+    env: Mapping[str, str] = field(repr=False)  # the cluster shows it to everybody
 
 
 class Launcher(Protocol):

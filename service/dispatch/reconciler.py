@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import assert_never
 
+from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
-from service.contracts.tokens import attempt_token
+from service.contracts.tokens import claim_code
 from service.db.engine import Sessions
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.dispatch import observe, record
@@ -199,7 +200,7 @@ class Reconciler:
             Submission(
                 id=submission_id(job_id, attempt),
                 command=(*rules.worker_command, *told),
-                env={"CIM_ATTEMPT_TOKEN": attempt_token(rules.secret, job_id, attempt)},
+                env={"CIM_CLAIM_CODE": claim_code(rules.secret, job_id, attempt)},
             )
         )
         await record.submitted(self._guarded, job_id, attempt, now=self._clock())
@@ -217,7 +218,8 @@ class Reconciler:
 
     async def _lose(self, observed: Observed, lost: Lost) -> None:
         job = observed.job
-        tail = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
+        said = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
+        tail = [redacted(line) for line in said]
         await self._keep_log(observed, tail)
         quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]
         message = lost.message + ("; its last lines: " + " | ".join(quoted) if quoted else "")

@@ -68,7 +68,7 @@ def _resources(spec: AnySpec) -> Estimate:
 
 def _num_files(uri: str) -> int | None:
     """Files at a local address, by the rules of the workers' own search; None where that takes too long."""
-    if not uri.startswith("/"):
+    if not uri.startswith("/") or "**" in uri:
         return None
     deadline = time.monotonic() + _COUNT_LIMIT_S
     count = 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.contracts.allowed import Allowed
 from service.contracts.parsing import AnySpec, at, parse_all, place
 from service.contracts.problems import FieldProblem
 from service.contracts.resolving import resolve
@@ -35,6 +36,7 @@ async def submit(
     documents: Sequence[Any],
     *,
     key: str | None,
+    allowed: Allowed,
     shared_filesystem: bool,
     now: datetime,
 ) -> Submitted:
@@ -48,7 +50,7 @@ async def submit(
         KeyReusedError: the key came with other documents before.
     """
     specs = parsed(documents)
-    faults = await asyncio.to_thread(uri_faults, specs, shared_filesystem=shared_filesystem)
+    faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
     ids = [new_job_id() for _ in specs]
     if key is not None:
         digest = _digest(documents)
@@ -69,12 +71,12 @@ async def submit(
     return Submitted(rows=rows, created=True)
 
 
-def uri_faults(specs: Sequence[AnySpec], *, shared_filesystem: bool) -> list[FieldProblem]:
+def uri_faults(specs: Sequence[AnySpec], *, allowed: Allowed, shared_filesystem: bool) -> list[FieldProblem]:
     """What is wrong with the addresses of data in these specs; looks at folders."""
     return [
         at(place(number, len(specs)), problem)
         for number, spec in enumerate(specs)
-        for problem in uris.problems(spec, shared_filesystem=shared_filesystem)
+        for problem in uris.problems(spec, allowed=allowed, shared_filesystem=shared_filesystem)
     ]
 
 

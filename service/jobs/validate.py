@@ -8,6 +8,7 @@ from pydantic import TypeAdapter, ValidationError
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from cim_core.config import TokenizerConfig
+from service.contracts.allowed import Allowed
 from service.contracts.jobs import Validation
 from service.contracts.parsing import AnySpec
 from service.contracts.resolving import resolve
@@ -25,7 +26,12 @@ _TOKENIZER = TypeAdapter(TokenizerConfig)
 
 
 async def validate(
-    sessions: Sessions, documents: Sequence[Any], *, shared_filesystem: bool, costs: Costs
+    sessions: Sessions,
+    documents: Sequence[Any],
+    *,
+    allowed: Allowed,
+    shared_filesystem: bool,
+    costs: Costs,
 ) -> Validation:
     """The resolved specs, what they will take, and what is allowed but probably not meant.
 
@@ -33,7 +39,7 @@ async def validate(
     transaction is open while files and networks are counted. Raises InvalidSpecError as `submit` does.
     """
     specs = parsed(documents)
-    faults = await asyncio.to_thread(uri_faults, specs, shared_filesystem=shared_filesystem)
+    faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
     ids = [new_job_id() for _ in specs]
     async with sessions.begin() as session:
         await only_reads(session)

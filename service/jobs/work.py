@@ -13,6 +13,7 @@ from typing import Any
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from service.contracts.allowed import Allowed
 from service.contracts.jobs import FINAL, Desired, FileEntry, JobState, MetricPoint, Progress
 from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, StoreAddress
 from service.db import moves, queries
@@ -26,7 +27,9 @@ from service.store.base import ObjectStore
 _INPUTS = {"pretrain": ("tokenizer", ("model", "tokenizer", "source")), "evaluate": ("encoder", ("encoder",))}
 
 
-async def assignment(session: AsyncSession, job_id: str, number: int, *, store: StoreAddress) -> Assignment:
+async def assignment(
+    session: AsyncSession, job_id: str, number: int, *, store: StoreAddress, allowed: Allowed
+) -> Assignment:
     """All that the worker needs, with the last committed checkpoint of this or an earlier attempt."""
     job, attempt = await current(session, job_id, number)
     checkpoint = await queries.last_checkpoint(session, job_id)
@@ -40,6 +43,7 @@ async def assignment(session: AsyncSession, job_id: str, number: int, *, store: 
         inputs=_inputs(job),
         store=store,
         checkpoint=_checkpoint(checkpoint),
+        allowed=list(allowed.prefixes),
     )
 
 

@@ -12,7 +12,7 @@ MAY_READ = {
     "service/settings.py": "the service's settings object",
     "service/__main__.py": "hands the environment on to the processes that `up` starts",
     "service/cli/main.py": "finds the service: CIM_URL",
-    "workers/__main__.py": "takes the attempt's token",
+    "workers/__main__.py": "takes the code that claims the attempt",
     "workers/settings.py": "the worker's settings object",
 }
 PRODUCT = ("cim_core/", "service/", "workers/")

@@ -8,6 +8,7 @@ from typing import Any
 
 from sqlalchemy import event, select
 
+from service.contracts.allowed import ANYWHERE
 from service.contracts.jobs import JobState as S
 from service.contracts.work import Assignment, Checkpoint, StoreAddress
 from service.db import queries
@@ -74,7 +75,8 @@ async def failed(plane: ControlPlane, job_id: str, attempt: int) -> None:
 async def assigned(plane: ControlPlane, job_id: str, attempt: int) -> Assignment:
     """What the attempt's worker is told."""
     async with plane.sessions.begin() as session:
-        return await work.assignment(session, job_id, attempt, store=StoreAddress(url="/x"))
+        store = StoreAddress(url="/x")
+        return await work.assignment(session, job_id, attempt, store=store, allowed=ANYWHERE)
 
 
 async def named(plane: ControlPlane, job_id: str) -> set[str]:

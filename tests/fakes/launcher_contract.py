@@ -29,7 +29,7 @@ class LauncherContract:
     """Inherit, and give a `launcher` fixture."""
 
     async def test_submit__runs_the_command_with_its_environment(self, launcher: Launcher) -> None:
-        job = submission("import os; print(os.environ['CIM_ATTEMPT_TOKEN'])", CIM_ATTEMPT_TOKEN="it's secret")
+        job = submission("import os; print(os.environ['CIM_CLAIM_CODE'])", CIM_CLAIM_CODE="it's secret")
         await launcher.submit(job)
         assert (await ended(launcher, job.id)).state is ClusterState.SUCCEEDED
         assert "it's secret" in await launcher.log_tail(job.id, max_lines=100)

@@ -13,7 +13,8 @@ from typing import Any
 
 from service.client.errors import StaleAttempt, UnreachableError
 from service.contracts.problems import Problem
-from service.contracts.work import Assignment, Checkpoint, Finish, Report, ReportReply
+from service.contracts.tokens import token_fits
+from service.contracts.work import Assignment, Checkpoint, Claim, Finish, Report, ReportReply
 
 STALE = Problem(title="Stale", status=409, code="stale_attempt", detail="a newer attempt owns the job")
 
@@ -26,10 +27,17 @@ class FakeWork:
         self.reports: list[Report] = []
         self.checkpoints: list[Checkpoint] = []
         self.finishes: list[Finish] = []
+        self.claims: list[str] = []  # codes
+        self.token_hash = ""  # of the token that the attempt was claimed with
+        self.tokens: set[str] = set()  # shown after the claim
         self.stale = False
         self.away = False
         self.stop_from_step: int | None = None
         self.changed = threading.Condition()
+
+    def claim(self, code: str) -> None:
+        self._answer()
+        self.claims.append(code)
 
     def assignment(self) -> Assignment:
         self._answer()
@@ -77,9 +85,9 @@ class FakeWork:
 
 
 @contextmanager
-def serving(work: FakeWork, *, token: str) -> Iterator[str]:
+def serving(work: FakeWork, *, code: str) -> Iterator[str]:
     """`work` behind HTTP on a free port; yields the address."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(work, token=token))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(work, code=code))
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
@@ -90,7 +98,7 @@ def serving(work: FakeWork, *, token: str) -> Iterator[str]:
         thread.join()
 
 
-def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
+def _handler_of(work: FakeWork, *, code: str) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -105,7 +113,13 @@ def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
             """Quiet."""
 
         def _answer(self, reply: Any) -> None:
-            if self.headers["Authorization"] != f"Bearer {token}":
+            shown = self.headers["Authorization"].removeprefix("Bearer ")
+            if self.path.endswith("/claim"):
+                may = shown == code
+            else:
+                may = token_fits(shown, digest=work.token_hash)
+                work.tokens.add(shown)
+            if not may:
                 return self._send(401, {"title": "", "status": 401, "code": "unauthorised", "detail": ""})
             try:
                 return self._send(200, reply())
@@ -124,7 +138,11 @@ def _handler_of(work: FakeWork, *, token: str) -> type[BaseHTTPRequestHandler]:
 
 
 def _take(work: FakeWork, what: str, body: bytes) -> dict[str, Any] | None:
-    if what == "report":
+    if what == "claim":
+        told = Claim.model_validate_json(body)
+        assert work.token_hash in ("", told.token_hash), "a second worker tried to claim the attempt"
+        work.token_hash = told.token_hash
+    elif what == "report":
         return work.report(Report.model_validate_json(body)).model_dump()
     if what == "checkpoints":
         work.commit_checkpoint(Checkpoint.model_validate_json(body))

@@ -9,7 +9,7 @@ import pytest
 
 from service.contracts.jobs import JobState, LogLine
 from service.domain.names import log_prefix
-from tests.fakes.world import World
+from tests.fakes.world import World, token_of
 
 FINISH = {"outcome": "succeeded", "step": 10, "total_steps": 10}
 
@@ -34,7 +34,7 @@ class WorkContract:
     async def test_token__only_that_of_the_attempt_opens(self, world: World) -> None:
         job_id = await running(world)
         body = {"progress": {"step": 1}}
-        for token in ("x", "f" * 64, "\xe9"):
+        for token in ("x", "f" * 64, "\xe9", token_of(job_id, 2)):
             answer = await world.tell(job_id, 1, "report", body, token=token)
             assert (answer.status_code, answer.json()["code"]) == (401, "unauthorised")
         assert (await world.client.get(f"/v1/attempts/{job_id}/1")).status_code == 401

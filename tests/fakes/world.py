@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from pydantic import SecretStr
 
 from service.api.app import create_app
+from service.contracts.allowed import EVERYTHING
 from service.contracts.jobs import JobState
-from service.contracts.tokens import attempt_token
+from service.contracts.tokens import claim_code, digest_of
 from service.db import moves, queries
 from service.db.engine import Sessions, create_engine, create_sessions
 from service.db.tables import AttemptRow, JobRow
@@ -26,6 +27,11 @@ from tests.fakes.costs import FakeCosts
 
 SECRET = "a secret of at least 32 characters"
 Document = dict[str, Any]
+
+
+def token_of(job_id: str, attempt: int) -> str:
+    """What the worker of an attempt has thought up."""
+    return f"token of {job_id}/{attempt}"
 
 
 @dataclass
@@ -91,8 +97,8 @@ class World:
         job: Document = answer.json()
         return job
 
-    async def launch(self, job_id: str) -> int:
-        """Start the next attempt, as the dispatcher does; returns its number."""
+    async def launch(self, job_id: str, *, claimed: bool = True) -> int:
+        """Start the next attempt, as the dispatcher does, and claim it; returns its number."""
         async with self.sessions.begin() as session:
             job = await queries.job(session, job_id)
             assert job is not None
@@ -112,7 +118,19 @@ class World:
                 job_id=job_id, number=number, submission_id=submission_id(job_id, number), started_at=now
             )
             session.add(row)
+        if claimed:
+            answer = await self.claim(job_id, number)
+            assert answer.status_code == 200, answer.text
         return number
+
+    async def claim(
+        self, job_id: str, attempt: int, *, token: str | None = None, code: str | None = None
+    ) -> httpx.Response:
+        """Speak a worker's first word."""
+        token = token or token_of(job_id, attempt)
+        code = code or claim_code(SECRET, job_id, attempt)
+        body = {"token_hash": digest_of(token)}
+        return await self.tell(job_id, attempt, "claim", body, token=code)
 
     async def put(self, job_id: str, dst: JobState, **values: Any) -> None:
         """Move a job, as the dispatcher does."""
@@ -144,14 +162,14 @@ class World:
     async def tell(
         self, job_id: str, attempt: int, what: str, body: Document, *, token: str | None = None
     ) -> httpx.Response:
-        """Speak as a worker: `what` is report, checkpoints or finish."""
-        shown = f"Bearer {token or attempt_token(SECRET, job_id, attempt)}"
+        """Speak as a worker: `what` is claim, report, checkpoints or finish."""
+        shown = f"Bearer {token or token_of(job_id, attempt)}"
         headers = {b"Authorization": shown.encode("latin-1")}
         return await self.client.post(f"/v1/attempts/{job_id}/{attempt}/{what}", json=body, headers=headers)
 
     async def ask(self, job_id: str, attempt: int) -> httpx.Response:
         """Fetch the assignment as a worker."""
-        headers = {"Authorization": f"Bearer {attempt_token(SECRET, job_id, attempt)}"}
+        headers = {"Authorization": f"Bearer {token_of(job_id, attempt)}"}
         return await self.client.get(f"/v1/attempts/{job_id}/{attempt}", headers=headers)
 
     async def report(self, job_id: str, attempt: int, step: int = 1, **more: Any) -> httpx.Response:
@@ -170,7 +188,9 @@ class World:
 
 
 @asynccontextmanager
-async def open_world(database_url: str, folder: Path) -> AsyncIterator[World]:
+async def open_world(
+    database_url: str, folder: Path, *, allowed_storage: str = EVERYTHING
+) -> AsyncIterator[World]:
     """A world on a migrated database; closed with every connection of it."""
     images = folder / "images"
     images.mkdir()
@@ -179,9 +199,11 @@ async def open_world(database_url: str, folder: Path) -> AsyncIterator[World]:
         database_url=database_url,
         store_url=str(folder / "store"),
         ray_url="http://ray.test",
+        ray_token=SecretStr("ray-token-SECRET0004"),
         public_url="http://api.test",
         mlflow_url="http://mlflow.test",
         secret=SecretStr(SECRET),
+        allowed_storage=allowed_storage,
         shared_filesystem=True,
     )
     engine = create_engine(database_url)

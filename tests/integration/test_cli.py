@@ -2,24 +2,21 @@
 
 import asyncio
 import json
-import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 from typer.testing import CliRunner, Result
 
 from service.cli.main import app
 from service.client.work import WorkClient
 from service.contracts.jobs import JobState, LogLine, MetricPoint, Progress
-from service.contracts.tokens import attempt_token
 from service.contracts.work import Finish, Report
-from tests.fakes.world import SECRET, World
+from tests.fakes.served import served
+from tests.fakes.world import World, token_of
 
 SPECS = """
 kind: tokenizer
@@ -36,13 +33,6 @@ model:
   objective: {name: respix}
 training: {epochs: 2, batch_size: 4}
 """
-
-
-class _Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave the signals to pytest."""
-        yield
 
 
 @dataclass
@@ -78,7 +68,7 @@ class Terminal:
 
     def worker(self, job_id: str, attempt: int) -> WorkClient:
         """What a worker of the attempt would use."""
-        return WorkClient(self.url, job_id, attempt, attempt_token(SECRET, job_id, attempt))
+        return WorkClient(self.url, job_id, attempt, token_of(job_id, attempt))
 
     async def succeed(self, job_id: str, *paths: str) -> None:
         """Run the job to its end, with these files."""
@@ -97,16 +87,9 @@ class Terminal:
 
 @pytest.fixture
 async def terminal(world: World, tmp_path: Path) -> AsyncIterator[Terminal]:
-    server = _Server(uvicorn.Config(world.app, log_config=None, timeout_graceful_shutdown=1))
-    with socket.create_server(("127.0.0.1", 0)) as bound:
-        serving = asyncio.create_task(server.serve(sockets=[bound]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-            assert not serving.done()
+    async with served(world.app) as url:
         (tmp_path / "specs.yaml").write_text(SPECS)
-        yield Terminal(world, f"http://127.0.0.1:{bound.getsockname()[1]}", tmp_path)
-        server.should_exit = True
-        await serving
+        yield Terminal(world, url, tmp_path)
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from service.db.leases import GuardedSessions
 from service.db.moves import Seen
 from service.db.upgrade import upgrade
 from tests.fakes import lease_contract
+from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.job_machine import run_machine
 from tests.fakes.lease_contract import LeaseContract
 from tests.fakes.moves_contract import MovesContract, moved
@@ -67,6 +68,9 @@ class TestMoves(MovesContract): ...
 
 
 class TestLeases(LeaseContract): ...
+
+
+class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...

@@ -77,6 +77,7 @@ def stack(
         "CIM_STORE_URL": f"s3://{BUCKET}/artifacts",
         "CIM_S3_ENDPOINT_URL": s3_url,
         "CIM_S3_REGION": "us-east-1",
+        "CIM_ALLOWED_STORAGE": "/",
         "CIM_SHARED_FILESYSTEM": "true",
         "CIM_RAY_URL": ray_cluster.url,
         "CIM_RAY_TOKEN": ray_cluster.token,

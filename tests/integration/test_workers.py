@@ -26,7 +26,7 @@ from tests.fakes.work_client import FakeWork, serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-TOKEN = "attempt-token-of-the-test"
+CODE = "claim-code-of-the-test"
 VIT = {
     "name": "vit_tiny_patch16_224",
     "shared_blocks": 1,
@@ -117,8 +117,8 @@ class Bench:
                 report_every_s=0.2,
             )
         )
-        with serving(work, token=TOKEN) as url:
-            env = {**os.environ, "CIM_ATTEMPT_TOKEN": TOKEN, "RAY_ADDRESS": self.ray_address}
+        with serving(work, code=CODE) as url:
+            env = {**os.environ, "CIM_CLAIM_CODE": CODE, "RAY_ADDRESS": self.ray_address}
             command = [sys.executable, "-m", "workers", "--url", url, "--attempt", f"{self.job_id}/{number}"]
             process = subprocess.Popen(command, env={**env, "OMP_NUM_THREADS": "1"})
             try:
@@ -165,7 +165,9 @@ def test_tokenizer__leaves_files_metrics_and_a_report(ray_address: str, photos: 
     assert (report["counted"], report["used"], len(report["skipped"])) == (49, 48, 1)
     assert tokenizer.json("spec.json")["libraries"]["ray"] == ray.__version__
     assert {"driver", "rank-0"} <= {json.loads(line)["source"] for line in tokenizer.log().splitlines()}
-    assert TOKEN not in tokenizer.log()
+    assert len(work.tokens) == 1, "driver and ranks share one token"
+    for secret in (CODE, *work.tokens):
+        assert secret not in tokenizer.log()
 
 
 def test_killed_worker__is_infrastructure_and_the_next_attempt_resumes_from_the_last_checkpoint(

@@ -4,16 +4,17 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from service.api.deps import App, Attempt, Session
+from service.api.deps import App, Attempt, Session, StartableAttempt
 from service.contracts.base import Stored
 from service.contracts.problems import Problem
-from service.contracts.work import Assignment, Checkpoint, Finish, Report, ReportReply
+from service.contracts.work import Assignment, Checkpoint, Claim, Finish, Report, ReportReply
+from service.jobs import claim as claiming
 from service.jobs import finish as finishing
 from service.jobs import work
 
 REFUSED: dict[int | str, dict[str, Any]] = {
-    401: {"model": Problem, "description": "Not this attempt's token."},
-    409: {"model": Problem, "description": "`stale_attempt`: write nothing more and end."},
+    401: {"model": Problem, "description": "Not this attempt's token, or not its code."},
+    409: {"model": Problem, "description": "`stale_attempt`, `attempt_claimed`: write nothing more and end."},
 }
 
 router = APIRouter(prefix="/v1/attempts/{job_id}/{attempt}", tags=["workers"], responses=REFUSED)
@@ -28,7 +29,18 @@ class Taken(Stored):
 @router.get("", summary="What an attempt has to do")
 async def show_assignment(of: Attempt, session: Session, app: App) -> Assignment:
     """The resolved spec, where the inputs lie, and the checkpoint to resume from."""
-    return await work.assignment(session, of.job_id, of.number, store=app.store_address)
+    return await work.assignment(session, of.job_id, of.number, store=app.store_address, allowed=app.allowed)
+
+
+@router.post("/claim", summary="Claim an attempt")
+async def take_claim(of: StartableAttempt, told: Claim, app: App) -> Taken:
+    """The first call of a worker, with the code that it was started with.
+
+    From here on nothing but the token behind `token_hash` speaks for the attempt. Repeating it with
+    the same token is harmless; with another one it is refused with 409 `attempt_claimed`.
+    """
+    await claiming.claim(app.sessions, of.job_id, of.number, told, now=app.clock())
+    return Taken()
 
 
 @router.post("/report", summary="Progress and metrics")

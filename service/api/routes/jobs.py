@@ -63,6 +63,7 @@ async def submit_jobs(
         session,
         _listed(documents),
         key=idempotency_key,
+        allowed=app.allowed,
         shared_filesystem=settings.shared_filesystem,
         now=app.clock(),
     )
@@ -82,6 +83,7 @@ async def validate_specs(documents: Documents, app: App) -> Validation:
     return await validating.validate(
         app.sessions,
         _listed(documents),
+        allowed=app.allowed,
         shared_filesystem=app.settings.shared_filesystem,
         costs=app.costs,
     )

@@ -200,7 +200,7 @@ def test_shards__pattern_braces_and_folder_give_the_same_images(tmp_path: Path) 
 
 
 def test_braces__written_out() -> None:
-    assert expand_braces("a{08..10}b{x,y}") == [f"a{i}b{c}" for i in ("08", "09", "10") for c in "xy"]
+    assert list(expand_braces("a{08..10}b{x,y}")) == [f"a{i}b{c}" for i in ("08", "09", "10") for c in "xy"]
 
 
 def test_json__round_trip_and_another_root(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The contracts of the API on SQLite; tests/integration/test_postgres.py runs them on PostgreSQL."""
 
+from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.moves_contract import MovesContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
@@ -16,6 +17,9 @@ class TestWishes(WishContract): ...
 
 
 class TestMoves(MovesContract): ...
+
+
+class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...

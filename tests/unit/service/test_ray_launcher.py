@@ -12,9 +12,7 @@ from service.dispatch.ray_launcher import RayLauncher
 from service.domain.decide import ClusterState
 from service.domain.queueing import Needs
 
-JOB = Submission(
-    id="cim-a-1", command=["python", "-c", "print('a b; $HOME')"], env={"CIM_ATTEMPT_TOKEN": "t"}
-)
+JOB = Submission(id="cim-a-1", command=["python", "-c", "print('a b; $HOME')"], env={"CIM_CLAIM_CODE": "t"})
 KNOWN = httpx.Response(200, json={"status": "RUNNING", "message": None, "driver_exit_code": None})
 UNKNOWN = httpx.Response(404, text="Job cim-a-1 does not exist")
 Handler = Callable[[httpx.Request], httpx.Response]
@@ -54,7 +52,7 @@ async def test_submit__sends_a_quoted_command_the_token_and_no_cpus() -> None:
     assert request.headers["authorization"] == "Bearer secret"
     assert body["submission_id"] == "cim-a-1"
     assert body["entrypoint_num_cpus"] == 0
-    assert body["runtime_env"] == {"env_vars": {"CIM_ATTEMPT_TOKEN": "t"}}
+    assert body["runtime_env"] == {"env_vars": {"CIM_CLAIM_CODE": "t"}}
     assert words(body["entrypoint"]) == list(JOB.command)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from service.contracts.jobs import FINAL, Desired, FailureKind, LogLine
 from service.contracts.jobs import JobState as S
-from service.contracts.tokens import token_fits
+from service.contracts.tokens import code_fits
 from service.db.tables import JobRow
 from service.dispatch import record
 from service.domain.decide import ClusterState
@@ -40,7 +40,7 @@ async def running(plane: ControlPlane, **changes: Any) -> str:
     return job_id
 
 
-async def test_queued__is_launched_with_the_attempts_own_token(plane: ControlPlane) -> None:
+async def test_queued__is_launched_with_the_code_of_the_attempt_alone(plane: ControlPlane) -> None:
     job_id = await plane.submit()
     await plane.reconciler().run_once()
     sent = plane.launcher.submissions[submission_id(job_id, 1)]
@@ -54,7 +54,8 @@ async def test_queued__is_launched_with_the_attempts_own_token(plane: ControlPla
         "--attempt",
         f"{job_id}/1",
     ]
-    assert token_fits(sent.env["CIM_ATTEMPT_TOKEN"], secret=RULES.secret, job_id=job_id, attempt=1)
+    assert set(sent.env) == {"CIM_CLAIM_CODE"}
+    assert code_fits(sent.env["CIM_CLAIM_CODE"], secret=RULES.secret, job_id=job_id, attempt=1)
     assert (job.state, job.attempt) == (S.LAUNCHING, 1)
     assert attempt.launched_at is not None
 

@@ -1,5 +1,6 @@
 """The workers' client against a scripted server and a clock that only moves when it sleeps."""
 
+import hashlib
 import json
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,19 @@ def client_of(server: Server, clock: Clock) -> WorkClient:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+def test_claim__shows_the_code_and_keeps_the_token_to_itself(clock: Clock) -> None:
+    server = Server(problem(503, "database_unavailable"), httpx.Response(200, json={"taken": True}), GO_ON)
+    with client_of(server, clock) as client:
+        client.claim("the code")
+        client.report(Report(progress=Progress()))
+    *claims, report = server.requests
+    assert {(r.method, r.url.path) for r in claims} == {("POST", f"/v1/attempts/{'ab' * 8}/2/claim")}
+    assert {r.headers["authorization"] for r in claims} == {"Bearer the code"}
+    digest = hashlib.sha256(b"secret").hexdigest()
+    assert [json.loads(r.content) for r in claims] == [{"token_hash": digest}] * 2
+    assert report.headers["authorization"] == "Bearer secret"
 
 
 def test_calls__go_to_the_attempt_with_its_token(clock: Clock) -> None:

@@ -1,8 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cim_core.errors import DataError
+from service.contracts.allowed import ANYWHERE, Allowed
 from service.contracts.work import StoreAddress
 from service.store.directory import DirectoryStore
 from workers import cache as cache_module
@@ -20,7 +22,9 @@ def store(tmp_path: Path) -> DirectoryStore:
 
 @pytest.fixture
 def cache(tmp_path: Path, store: DirectoryStore) -> Cache:
-    return Cache(folder=tmp_path / "cache", address=StoreAddress(url=str(tmp_path / "store")))
+    return Cache(
+        folder=tmp_path / "cache", address=StoreAddress(url=str(tmp_path / "store")), allowed=ANYWHERE
+    )
 
 
 def names(folder: Path) -> list[str]:
@@ -45,6 +49,60 @@ def test_artifact__missing_ones_are_named(cache: Cache, store: DirectoryStore) -
         cache.artifact("jobs/zz/encoder")
     with pytest.raises(DataError, match="/nowhere is not a folder"):
         cache.artifact("/nowhere")
+
+
+def test_artifact__no_way_leads_out_of_what_is_allowed(tmp_path: Path, cache: Cache) -> None:
+    for name in ("inside/net", "outside/net"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (tmp_path / "inside/link").symlink_to(tmp_path / "outside/net")
+    (tmp_path / "inside/half").mkdir()
+    (tmp_path / "inside/half/config.json").symlink_to(tmp_path / "outside/net/config.json")
+    fenced = replace(cache, allowed=Allowed(prefixes=(f"{tmp_path}/inside",)))
+    assert fenced.artifact(f"{tmp_path}/inside/net") == tmp_path / "inside/net"
+    # What another job has made is a key of the store, not an address.
+    assert names(fenced.artifact("jobs/ab/encoder")) == ["config.json", "deep/x"]
+    for source, word in (
+        (f"{tmp_path}/outside/net", "must lie below"),
+        (f"{tmp_path}/inside/../outside/net", "must not hold the part"),
+        (f"{tmp_path}/inside/link", "through a link"),
+        (f"{tmp_path}/inside/half", "through a link"),
+        ("s3://bucket/net", "must lie below"),
+    ):
+        with pytest.raises(DataError, match=word):
+            fenced.artifact(source)
+        assert cache.artifact(source) if source.startswith("/") else True
+
+
+def test_images__no_way_leads_out_of_what_is_allowed(tmp_path: Path, cache: Cache) -> None:
+    for name in ("inside/a.tar", "inside/deep/b.tar", "outside/b.tar", "inside-too/b.tar"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "inside/folder").symlink_to(tmp_path / "outside")
+    (tmp_path / "inside/c.tar").symlink_to(tmp_path / "outside/b.tar")
+    (tmp_path / "inside/same.tar").symlink_to(tmp_path / "inside/a.tar")
+    inside = f"{tmp_path}/inside"
+    fenced = replace(cache, allowed=Allowed(prefixes=(inside,)))
+    for path in (inside, f"{inside}/a.tar", f"{inside}/[as]*.tar", f"{inside}/{{a,same}}.tar"):
+        assert fenced.images(path) == path
+    for path, word in (
+        (f"{tmp_path}/inside-too", "must lie below"),
+        (f"{tmp_path}/inside-too/b.tar", "must lie below"),
+        (f"{inside}/../outside", "must not hold the part"),
+        (f"{inside}/{{.,x}}{{.,y}}/outside/b.tar", "must not hold the part"),
+        (f"{inside}/{{a,../outside/b}}.tar", "must not hold the part"),
+        (f"{inside}/folder", "through a link"),
+        (f"{inside}/folder/b.tar", "through a link"),
+        (f"{inside}/c.tar", "through a link"),
+        (f"{inside}/*.tar", "through a link"),
+        (f"{inside}/**/b.tar", "deep"),
+        ("s3://bucket/photos", "must lie below"),
+    ):
+        if word == "deep":
+            assert fenced.images(path) == path  # a folder's link is not followed by **
+            continue
+        with pytest.raises(DataError, match=word):
+            fenced.images(path)
 
 
 def test_images__paths_stay_and_relative_ones_are_refused(cache: Cache) -> None:

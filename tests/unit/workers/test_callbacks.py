@@ -41,7 +41,7 @@ def callbacks_of(tmp_path: Path, work: FakeWork, *, number: int = 0) -> RankCall
     spec = {"kind": "tokenizer", "name": "t", "data": {"uri": "/x"}, "training": {"steps": 20}}
     address = StoreAddress(url=str(tmp_path))
     assignment = Assignment(job_id="ab", attempt=1, spec=spec, inputs={}, store=address)
-    settings = WorkerSettings(url="http://x", job_id="ab", attempt=1, token="t", cache_dir=tmp_path)
+    settings = WorkerSettings(url="http://x", job_id="ab", attempt=1, code="c", cache_dir=tmp_path)
     store = JobStore.of(assignment)
     rank = Rank(
         work=Work(attempt=Attempt.of(settings, assignment), indices={}, plan=PLAN),

@@ -32,7 +32,7 @@ def index(num: int, *, classes: tuple[str, ...] = (), root: str = "/data") -> In
 
 def attempt(tmp_path: Path, **changes: Any) -> Attempt:
     settings = WorkerSettings(
-        url="http://x", job_id="ab12", attempt=1, token="t", cache_dir=tmp_path / "cache"
+        url="http://x", job_id="ab12", attempt=1, code="c", cache_dir=tmp_path / "cache"
     )
     address = StoreAddress(url=str(tmp_path / "store"))
     spec = {**SPEC, **changes}

@@ -20,6 +20,11 @@ from workers import downloads
 from workers.downloads import SourceAwayError, download, shown
 from workers.failures import classify
 
+
+def anywhere(_: str) -> None:
+    """No address is refused."""
+
+
 CONTENT = bytes(range(256)) * 4096  # a megabyte
 
 
@@ -38,7 +43,7 @@ def server(pauses: list[float]) -> Iterator[FileServer]:
 
 def fetch(server: FileServer, tmp_path: Path, *, path: str = "/a.pkl") -> bytes:
     target = tmp_path / "deep" / "a.pkl"
-    download(server.url + path, target, on_bytes=lambda *_: None)
+    download(server.url + path, target, may_fetch=anywhere, on_bytes=lambda *_: None)
     assert [file.name for file in target.parent.iterdir()] == ["a.pkl"]
     return target.read_bytes()
 
@@ -49,7 +54,9 @@ def ranges(server: FileServer) -> list[str | None]:
 
 def test_download__brings_the_file_in_pieces(server: FileServer, tmp_path: Path) -> None:
     seen: list[tuple[int, int | None]] = []
-    download(f"{server.url}/a.pkl", tmp_path / "a", on_bytes=lambda *given: seen.append(given))
+    download(
+        f"{server.url}/a.pkl", tmp_path / "a", may_fetch=anywhere, on_bytes=lambda *given: seen.append(given)
+    )
     assert (tmp_path / "a").read_bytes() == CONTENT
     assert len(seen) >= 4
     assert seen == sorted(seen)
@@ -171,7 +178,7 @@ def test_download__a_refused_connection_is_an_absence(pauses: list[float], tmp_p
     with serving_files({}) as gone:
         address = f"{gone.url}/a.pkl"
     with pytest.raises(SourceAwayError, match="7 tries"):
-        download(address, tmp_path / "a", on_bytes=lambda *_: None)
+        download(address, tmp_path / "a", may_fetch=anywhere, on_bytes=lambda *_: None)
     assert not (tmp_path / "a").exists()
 
 
@@ -199,16 +206,31 @@ def test_download__ends_when_it_is_told_to(server: FileServer, tmp_path: Path) -
         raise StopError
 
     with pytest.raises(StopError):
-        download(f"{server.url}/a.pkl", tmp_path / "a", on_bytes=stop)
+        download(f"{server.url}/a.pkl", tmp_path / "a", may_fetch=anywhere, on_bytes=stop)
     assert not (tmp_path / "a").exists()
 
 
 def test_download__bytes_of_an_earlier_process_are_not_trusted(server: FileServer, tmp_path: Path) -> None:
     (tmp_path / "a.part").write_bytes(b"old")
-    download(f"{server.url}/a.pkl", tmp_path / "a", on_bytes=lambda *_: None)
+    download(f"{server.url}/a.pkl", tmp_path / "a", may_fetch=anywhere, on_bytes=lambda *_: None)
     assert (tmp_path / "a").read_bytes() == CONTENT
     assert ranges(server) == [None]
 
 
 def test_shown__hides_what_may_be_secret() -> None:
     assert shown("https://me:secret@example.org:81/a/b.pkl?key=secret#x") == "https://example.org:81/a/b.pkl"
+
+
+def test_download__every_address_on_the_way_is_asked_for(server: FileServer, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def may_fetch(address: str) -> None:
+        asked.append(address)
+        if address.endswith("/secret"):
+            raise DataError("not that one")
+
+    server.answers = [headers(302, Location="/b.pkl"), headers(307, Location=f"{server.url}/secret")]
+    with pytest.raises(DataError, match="not that one"):
+        download(f"{server.url}/a.pkl", tmp_path / "a", may_fetch=may_fetch, on_bytes=lambda *_: None)
+    assert asked == [f"{server.url}/{name}" for name in ("a.pkl", "b.pkl", "secret")]
+    assert [path for path, _ in server.requests] == ["/a.pkl", "/b.pkl"]

@@ -2,13 +2,17 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
+from ray.train.v2._internal.state.schema import RunSettings
 
+from service.client.errors import ApiError
 from service.contracts.jobs import FailureKind
+from service.contracts.problems import Problem
 from service.contracts.work import Assignment, StoreAddress
 from tests.fakes.work_client import FakeWork
 from workers import driver
@@ -39,9 +43,7 @@ def work(tmp_path: Path, photos: Path) -> FakeWork:
 
 @pytest.fixture
 def settings(tmp_path: Path) -> WorkerSettings:
-    return WorkerSettings(
-        url="http://x", job_id="ab", attempt=1, token="s3cret-token", cache_dir=tmp_path / "cache"
-    )
+    return WorkerSettings(url="http://x", job_id="ab", attempt=1, code="c0de", cache_dir=tmp_path / "cache")
 
 
 def run(
@@ -70,6 +72,46 @@ def test_run__success_is_told_with_what_the_ranks_returned(
     assert work.reports[-1].progress.message == "starting 1 worker"
     logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
     assert "succeeded at step 4" in [json.loads(line)["message"] for line in logs.splitlines()]
+
+
+def test_run__the_attempt_is_claimed_before_anything_else(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(_: str) -> None:
+        raise ApiError(Problem(title="", status=409, code="attempt_claimed", detail="another worker has it"))
+
+    assert run(work, settings, monkeypatch, ranks=Outcome(stopped=True, step=0)) is ExitCode.DONE
+    assert work.claims == ["c0de"]
+    shutil.rmtree(tmp_path / "store")
+    monkeypatch.setattr(work, "claim", refuse)
+    assert run(work, settings, monkeypatch) is ExitCode.INFRASTRUCTURE
+    assert len(work.finishes) == 1
+    assert not (tmp_path / "store").exists()
+
+
+def test_run__neither_code_nor_token_is_on_the_pages_of_ray_or_in_the_log(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    handed: list[Work] = []
+
+    def train(work: Work, _: object) -> Outcome:
+        handed.append(work)
+        logging.getLogger("workers.somewhere").info("said %s and %s", settings.code, settings.token)
+        return Outcome(stopped=True, step=0)
+
+    monkeypatch.setattr(driver, "WorkClient", lambda *_: work)
+    monkeypatch.setattr(driver, "connect", lambda _: None)
+    monkeypatch.setattr(driver, "_train", train)
+    assert driver.run(settings) is ExitCode.DONE
+    # What the state of a Ray Train run keeps of what every rank is handed.
+    shown = json.dumps(RunSettings._sanitize_train_loop_config({"work": handed[0]}))
+    logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
+    assert "job_id='ab'" in shown
+    assert "said *** and ***" in logs
+    for secret in (settings.code, settings.token):
+        assert secret not in shown
+        assert secret not in logs
+    assert handed[0].attempt.settings.token == settings.token
 
 
 def test_run__a_ranks_sentence_and_step_reach_the_service(

@@ -7,6 +7,7 @@ import pickle
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from cim_core.config import TokenizerSource
 from cim_core.errors import DataError, ModelError
 from cim_core.tokenizers.dalle import DalleTokenizer
 from cim_core.tokenizers.store import load_tokenizer
+from service.contracts.allowed import ANYWHERE, Allowed
 from service.contracts.work import StoreAddress
 from service.store.base import ObjectStore
 from service.store.directory import DirectoryStore
-from tests.fakes.file_server import FileServer, dropped_after, serving_files, status
+from tests.fakes.file_server import FileServer, dropped_after, headers, serving_files, status
 from tests.unit.cim_core.official_files import dall_e, official_encoder, write_official
 from workers import official
 from workers.cache import Cache
@@ -46,6 +48,7 @@ def server(files: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 def job(store: ObjectStore, folder: Path, **source: Any) -> OfficialTokenizer:
     return OfficialTokenizer(
+        allowed=ANYWHERE,
         source=TokenizerSource(source="dall-e", **source),
         store=store,
         address=StoreAddress(url="/unused"),
@@ -72,7 +75,9 @@ def test_place__a_rank_loads_from_it_what_openais_files_hold(
 ) -> None:
     place = job(store, tmp_path / "job", encoder=str(files[0]), decoder=str(files[1])).place()
     assert place.startswith("tokenizers/dall-e/")
-    cache = Cache(folder=tmp_path / "rank", address=StoreAddress(url=str(tmp_path / "store")))
+    cache = Cache(
+        folder=tmp_path / "rank", address=StoreAddress(url=str(tmp_path / "store")), allowed=ANYWHERE
+    )
     tokenizer = load_tokenizer(cache.artifact(place))
     pictures = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)).round()
     expected = official_encoder()(dall_e.map_pixels(pictures)).argmax(dim=1)
@@ -271,6 +276,7 @@ def test_place__a_job_that_is_to_end_ends_in_the_middle(
         source=TokenizerSource(source="dall-e", **on(server)),
         store=store,
         address=StoreAddress(url="/unused"),
+        allowed=ANYWHERE,
         folder=tmp_path / "a",
         say=said.append,
         go_on=go_on,
@@ -279,3 +285,31 @@ def test_place__a_job_that_is_to_end_ends_in_the_middle(
         stopped.place()
     assert said == ["fetching encoder.pkl: 0 of 0 MB"]
     assert keys(store) == []
+
+
+def test_place__no_way_leads_out_of_what_is_allowed(
+    files: tuple[Path, Path], server: FileServer, store: DirectoryStore, tmp_path: Path
+) -> None:
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    (inside / "encoder.pkl").symlink_to(files[0])
+    allowed = Allowed(prefixes=(str(inside), f"{server.url}/inside/"))
+    for number, (encoder, word) in enumerate(
+        [
+            (str(files[0]), "must lie below"),
+            (f"{inside}/encoder.pkl", "through a link"),
+            (f"{server.url}/encoder.pkl", "must lie below"),
+            (f"{server.url}/inside/../encoder.pkl", "must not hold the part"),
+            (f"{server.url}/inside/%2e%2e/encoder.pkl", "must not hold the part"),
+            ("s3://bucket/encoder.pkl", "must lie below"),
+        ]
+    ):
+        made = job(store, tmp_path / f"j{number}", encoder=encoder, decoder=encoder)
+        with pytest.raises(DataError, match=word):
+            replace(made, allowed=allowed).place()
+    assert server.requests == []
+    server.answers = [headers(302, Location="/decoder.pkl")]
+    address = f"{server.url}/inside/encoder.pkl"
+    with pytest.raises(DataError, match="must lie below"):
+        replace(job(store, tmp_path / "sent-on", encoder=address, decoder=address), allowed=allowed).place()
+    assert [path for path, _ in server.requests] == ["/inside/encoder.pkl"]

@@ -44,7 +44,7 @@ def rank_of(tmp_path: Path, *, source: str, tokenizer: str | None = None) -> Ran
     spec |= {"training": {"steps": 4, "batch_size": 2}}
     address = StoreAddress(url=str(tmp_path / "store"))
     assignment = Assignment(job_id="ab", attempt=1, spec=spec, inputs={"tokenizer": source}, store=address)
-    settings = WorkerSettings(url="http://x", job_id="ab", attempt=1, token="t", cache_dir=tmp_path / "cache")
+    settings = WorkerSettings(url="http://x", job_id="ab", attempt=1, code="c", cache_dir=tmp_path / "cache")
     index = Index(
         root=Path("/x"), entries=(Entry("a.png", None, 0, 9, 8, 8, None),) * 2, skipped=(), classes=()
     )
