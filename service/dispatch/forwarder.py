@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import select, update
+from sqlalchemy import Update, select, update
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
@@ -165,13 +165,14 @@ class Forwarder:
         description = describe(job, public_url=self._public_url)
         ended_at = job.finished_at or job.updated_at
         await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
-        await self._write(job.id, mlflow_closed=True)
+        async with self._guarded.begin() as session:
+            await session.execute(_closing(job))
 
     async def _give_up(self, job: JobRow, why: str) -> None:
         """The run was deleted, or the like: say so once, and let the job go on without it."""
         logger.warning("job %s is no longer recorded: %s", job.id, why)
         async with self._guarded.begin() as session:
-            await session.execute(update(JobRow).where(JobRow.id == job.id).values(mlflow_closed=True))
+            await session.execute(_closing(job))
             told = f"no longer recorded in MLflow: {why}"
             moves.note(session, job.id, actor="dispatcher", message=told, now=datetime.now(UTC))
 
@@ -189,6 +190,11 @@ class Forwarder:
         if told != self._complained:
             logger.warning("%s", told)
             self._complained = told
+
+
+def _closing(job: JobRow) -> Update:
+    """Note that nothing more is to be recorded, unless the job has moved since: a user may retry it."""
+    return update(JobRow).where(JobRow.id == job.id, JobRow.version == job.version).values(mlflow_closed=True)
 
 
 def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:

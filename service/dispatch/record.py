@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FailureKind, JobState
-from service.db import moves
+from service.db import moves, queries
 from service.db.leases import GuardedSessions
 from service.db.tables import AttemptRow, JobRow
 from service.dispatch.observe import Observed
@@ -87,7 +87,10 @@ async def raise_fence(sessions: GuardedSessions, observed: Observed, *, now: dat
 async def lost(
     sessions: GuardedSessions, observed: Observed, decided: Lost, *, backoff: retry.Backoff, now: datetime
 ) -> bool:
-    """End the attempt as failed, and let the retry rule say what becomes of its job."""
+    """End the attempt as failed, and let the retry rule say what becomes of its job.
+
+    Nothing is written about an attempt that has reported since it was looked at.
+    """
     failed = retry.Failed(
         job_id=observed.job.id,
         attempt=observed.job.attempt,
@@ -99,6 +102,11 @@ async def lost(
     if verdict.retry:
         values["not_before"] = now + timedelta(seconds=verdict.delay_s)
     async with sessions.begin() as session:
+        # Reports lock the job's row too, so none comes in between.
+        await queries.job(session, observed.job.id, lock=True)
+        attempt = await queries.attempt(session, observed.job.id, observed.job.attempt, fresh=True)
+        if attempt is None or attempt.last_report_at != observed.job.reported_at:
+            return False
         moved = await moves.move(
             session,
             observed.seen,

@@ -251,7 +251,7 @@ def _running(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decis
     if silent_s >= limits.stall_after_s:
         told = f"the worker has not reported for {silent_s:.0f} s although Ray says that it runs"
         return Lost(kind=FailureKind.STALLED, message=told)
-    idle_s = (now - (job.advanced_at or job.since)).total_seconds()
+    idle_s = (now - (job.advanced_at or job.reported_at or job.since)).total_seconds()
     if idle_s >= limits.stall_after_s:
         told = f"the worker reports, but its training has shown no sign of life for {idle_s:.0f} s"
         return Lost(kind=FailureKind.STALLED, message=told)

@@ -16,7 +16,6 @@ from sqlalchemy.ext.asyncio import AsyncSession
 
 from cim_core.config import Duration
 from cim_core.durations import exact_steps
-from service.contracts.jobs import FINAL
 from service.contracts.specs import Checkpoints
 from service.db import moves, queries
 from service.db.engine import Sessions, only_reads
@@ -173,12 +172,11 @@ async def _judge(
 
 
 def _seen(job: JobRow, attempt: AttemptRow) -> AttemptSeen:
-    # As `service.jobs.work.current` says; one that is newer than the job as it was read is new indeed.
-    latest = attempt.number == job.attempt and job.state not in FINAL and attempt.ended_at is None
-    may_write = latest or attempt.number > job.attempt
+    # The latest attempt of a final job has ended too; were it not so, a retry would let it write again.
+    superseded = attempt.number < job.attempt
     return AttemptSeen(
         number=attempt.number,
-        over_since=None if may_write else attempt.ended_at or job.updated_at,
+        over_since=attempt.ended_at or (job.updated_at if superseded else None),
         gone=attempt.ray_ended_at is not None,
     )
 

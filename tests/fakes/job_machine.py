@@ -86,7 +86,7 @@ class Job:
             self.state = S.PAUSED
         else:
             self.failures += 1
-            if kind == "user" or self.failures >= self.max_attempts:
+            if (outcome, kind) == ("failed", "user") or self.failures >= self.max_attempts:
                 self.state = S.FAILED
             else:
                 self.state = S.PAUSED if self.wish == "pause" else S.RETRYING

@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -11,6 +12,8 @@ from service.contracts.jobs import JobState as S
 from service.contracts.jobs import MetricPoint
 from service.dispatch.forwarder import Forwarder, describe, flatten
 from service.dispatch.tracker import Outcome
+from service.domain.wishes import Verb
+from service.jobs.wishes import ask
 from tests.fakes.control_plane import ControlPlane, control_plane
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.launcher_contract import LauncherContract
@@ -110,6 +113,28 @@ async def test_points_and_pictures__arrive_then_the_run_is_closed(plane: Control
     assert run.outcome is Outcome.FINISHED
     assert "timm.create_model" in run.description
     assert (await plane.job(job_id)).mlflow_closed
+
+
+async def test_close__of_a_job_that_its_user_retries_meanwhile_leaves_it_open(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    await plane.report(job_id, 1)
+    await plane.finish(job_id, 1, outcome="failed", failure={"kind": "user", "message": "no images"})
+    close = tracker.close
+
+    async def slowly(run_id: str, outcome: Outcome, **told: Any) -> None:
+        await close(run_id, outcome, **told)
+        async with plane.sessions.begin() as session:
+            await ask(session, job_id, Verb.RETRY, now=plane.now)
+
+    monkeypatch.setattr(tracker, "close", slowly)
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    assert not (await plane.job(job_id)).mlflow_closed
+    await sender.run_once()
+    (run,) = tracker.runs.values()
+    assert run.outcome is None
 
 
 async def test_batches__hold_a_thousand_points_at_most(plane: ControlPlane) -> None:

@@ -12,7 +12,7 @@ from service.contracts.jobs import JobState as S
 from service.contracts.tokens import code_fits
 from service.db.tables import JobRow
 from service.dispatch import record
-from service.domain.decide import ClusterState
+from service.domain.decide import ClusterJob, ClusterState
 from service.domain.names import submission_id
 from service.domain.wishes import Verb
 from service.errors import StaleAttemptError
@@ -109,7 +109,7 @@ async def test_lost_driver__is_retried_with_its_last_lines_kept(plane: ControlPl
     assert "out of luck" in (attempt.message or "")
     kept = plane.store.get_bytes(f"jobs/{job_id}/logs/attempt-1/ray-000001.jsonl").decode().splitlines()
     assert [LogLine.model_validate_json(line).message for line in kept] == ["starting", "out of luck"]
-    plane.advance(5)
+    plane.advance(7)
     await reconciler.run_once()
     assert (await plane.job(job_id)).attempt == 2
     with pytest.raises(StaleAttemptError):
@@ -137,6 +137,23 @@ async def test_stalled__is_stopped_before_the_next_attempt(plane: ControlPlane) 
     job = await plane.job(job_id)
     assert (job.state, job.failure_kind) == (S.RETRYING, FailureKind.STALLED)
     assert plane.launcher.jobs[submission_id(job_id, 1)].state is ClusterState.STOPPED
+
+
+async def test_stalled__a_report_that_came_after_the_look_counts(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    plane.advance(61)
+    status = plane.launcher.status
+
+    async def slowly(submission: str) -> ClusterJob | None:
+        await plane.report(job_id, 1)
+        return await status(submission)
+
+    monkeypatch.setattr(plane.launcher, "status", slowly)
+    await plane.reconciler().run_once()
+    assert (await plane.job(job_id)).state is S.RUNNING
+    assert plane.launcher.jobs[submission_id(job_id, 1)].state is ClusterState.RUNNING
 
 
 async def test_retrying__never_starts_beside_a_living_earlier_attempt(plane: ControlPlane) -> None:

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from service.db import leases
 from service.db.engine import create_engine, create_sessions
-from service.dispatch.loop import FORWARD, RECONCILE
+from service.dispatch.loop import COLLECT, FORWARD, RECONCILE
 from service.serving import serve_both
 from service.settings import Settings
 from tests.fakes.ray_server import ray_server
@@ -22,7 +22,7 @@ PATIENCE_S = 60
 async def left_by_a_killed_run(database_url: str) -> None:
     engine = create_engine(database_url)
     async with create_sessions(engine).begin() as session:
-        for name in (RECONCILE, FORWARD):
+        for name in (RECONCILE, FORWARD, COLLECT):
             assert await leases.take(session, name, owner="killed", lasts_s=3600) is not None
     await engine.dispose()
 
@@ -34,10 +34,10 @@ async def owners(url: str) -> dict[str, tuple[str, int]]:
     return {lease["name"]: (lease["owner"], lease["token"]) for lease in ready["leases"]}
 
 
-async def two_owners(url: str) -> dict[str, tuple[str, int]]:
+async def all_owners(url: str) -> dict[str, tuple[str, int]]:
     while True:
         held = await owners(url)
-        if len(held) == 2:
+        if len(held) == 3:
             return held
         await asyncio.sleep(0.05)
 
@@ -60,9 +60,9 @@ async def test_both__the_leases_of_a_killed_run_are_not_waited_for(database_url:
         )
         async with asyncio.timeout(PATIENCE_S):
             await ready.wait()
-            held = await two_owners(url)
+            held = await all_owners(url)
         stop.set()
         await serving
-    assert set(held) == {RECONCILE, FORWARD}
+    assert set(held) == {RECONCILE, FORWARD, COLLECT}
     assert {token for _, token in held.values()} == {2}
     assert len({owner for owner, _ in held.values()} - {"killed"}) == 1
