@@ -85,9 +85,9 @@ def _pretrain(random: Random, name: str, *, needs: str) -> Document:
 
 
 def _training(random: Random) -> Document:
-    every = random.choice((4, 7, 10))
+    every = random.choice((7, 12, 25))
     return {
-        "steps": random.randint(15, 60),
+        "steps": random.randint(40, 150),
         "batch_size": 4,
         "seed": random.randrange(10**6),
         "checkpoint_every": {"steps": every},

@@ -45,9 +45,10 @@ _LIMITS = {
     "CIM_STALL_AFTER_S": "20",
     "CIM_STOP_GRACE_S": "6",
     "CIM_LOST_GRACE_S": "2",
+    "CIM_LEASE_S": "3",
     "CIM_RETRY_FIRST_S": "0.5",
     "CIM_RETRY_LONGEST_S": "2",
-    "CIM_MAX_ACTIVE_JOBS": "5",
+    "CIM_MAX_ACTIVE_JOBS": "6",
 }
 
 
