@@ -25,8 +25,8 @@ from tests.chaos.invariants import Violation, check
 from tests.chaos.load import Users, all_final, plan
 from tests.chaos.stack import Stack, until
 
-REST_S = 420.0  # for the jobs that are open when the storm is over
-GONE_S = 60.0  # for the last processes and the tracker
+REST_S = 600.0  # for the jobs that are open when the storm is over, then for their runs in the tracker
+GONE_S = 60.0  # for the last processes
 _POLL_S = 0.2
 _RULE_OF = {"lost": "accepted_jobs_are_not_lost", "doubled": "nothing_is_made_twice"}
 
@@ -145,7 +145,7 @@ def settle(stack: Stack) -> list[str]:
 
     _patiently(over, within_s=REST_S, what="every job is final")
     _patiently(lambda: not stack.workers(), within_s=GONE_S, what="no worker is left")
-    _patiently(lambda: _runs_closed(stack), within_s=GONE_S, what="every run is closed")
+    _patiently(lambda: _runs_closed(stack), within_s=REST_S, what="every run is closed")
     return [f"{process.pid}: {' '.join(process.cmdline())}" for process in stack.workers()]
 
 

@@ -195,12 +195,13 @@ class CutStep:
     line: str
     pattern: bytes
     after: bool
+    too: Sequence[str] = ()  # services that die at the same moment
     hold_s: float = 20.0
 
     def inject(self, stack: Stack, random: Random) -> None:
         """Lay the trap. Statements have their text in a request only while a connection is young."""
         Kill(names=DISPATCHERS, every=True).inject(stack, random)
-        trip = Trip(pattern=self.pattern, after=self.after, action=lambda: _kill_dispatchers(stack))
+        trip = Trip(pattern=self.pattern, after=self.after, action=lambda: self._kill(stack))
         stack.network.apply(stack.proxies[self.line], trip)
         for name in DISPATCHERS:
             stack.services[name].start()
@@ -212,13 +213,12 @@ class CutStep:
     def heal(self, stack: Stack) -> None:
         """Take the trap away and start the dispatchers."""
         stack.network.apply(stack.proxies[self.line], Pass())
-        for name in DISPATCHERS:
+        for name in (*DISPATCHERS, *self.too):
             stack.services[name].start()
 
-
-def _kill_dispatchers(stack: Stack) -> None:
-    for name in DISPATCHERS:
-        stack.services[name].signal(signal.SIGKILL)
+    def _kill(self, stack: Stack) -> None:
+        for name in (*DISPATCHERS, *self.too):
+            stack.services[name].signal(signal.SIGKILL)
 
 
 _DATABASE = ("database-api", "database-dispatcher")
@@ -249,6 +249,10 @@ CATALOGUE: Mapping[str, Callable[[], Fault]] = {
     "step-after-fence": _step("database-dispatcher", b"INSERT INTO attempts", after=True),
     "step-before-submit": _step("cluster", b"POST /api/jobs/ ", after=False),
     "step-after-submit": _step("cluster", b"POST /api/jobs/ ", after=True),
+    # Nobody is left who knows of the process that was started: neither we nor the cluster.
+    "step-after-submit-and-head-kill": lambda: CutStep(
+        line="cluster", pattern=b"POST /api/jobs/ ", after=True, too=(HEAD,)
+    ),
     "step-before-noting-submit": _step("database-dispatcher", b"SET launched_at", after=False),
     "step-after-noting-submit": _step("database-dispatcher", b"SET launched_at", after=True),
     "step-after-commit": _step("database-dispatcher", b"COMMIT", after=True),

@@ -40,13 +40,13 @@ def accepted_jobs_are_not_lost(history: History) -> Found:
 
 
 def nothing_is_made_twice(history: History) -> Found:
-    """One key, one answer; one submission, one job; one attempt, one process."""
+    """One key, one answer; one submission, one job; one attempt, one process that was let in."""
     yield from _several(((c.key, c.jobs) for c in history.calls if c.op == "submit" and c.jobs), "made")
     named = ((job.name, job.id) for job in history.jobs.values())
     yield from _several(named, "was submitted once and became")
-    begun = (effect for effect in history.effects if effect.kind == "begun")
-    started = ((f"attempt {e.attempt} of {e.job}", e.pid) for e in begun)
-    yield from _several(started, "was started as processes")
+    let_in = (effect for effect in history.effects if effect.kind == "training")
+    trained = ((f"attempt {e.attempt} of {e.job}", e.pid) for e in let_in)
+    yield from _several(trained, "was trained by processes")
 
 
 def _several(pairs: Iterable[tuple[str, object]], verb: str) -> Found:

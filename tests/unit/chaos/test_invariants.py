@@ -145,8 +145,8 @@ BROKEN: list[tuple[str, Change, str]] = [
     ("nothing_is_made_twice", copied, "became j2, j3"),
     (
         "nothing_is_made_twice",
-        more(effects=[replace(effect(2.2, "begun", 1), pid=999)]),
-        "started as processes 101, 999",
+        more(effects=[replace(effect(2.2, "training", 1), pid=999)]),
+        "trained by processes 101, 999",
     ),
     (
         "a_key_means_one_spec",
