@@ -38,11 +38,11 @@ def _jobs(stack: Stack) -> dict[str, Job]:
         psycopg.connect(stack.postgres.uri, row_factory=dict_row) as connection,
         stack.client() as client,
     ):
-        rows = connection.execute("SELECT * FROM jobs").fetchall()
-        return {row["id"]: _job(stack, connection, client, row) for row in rows}
+        rows, s3 = connection.execute("SELECT * FROM jobs").fetchall(), stack.s3()
+        return {row["id"]: _job(connection, client, s3, row) for row in rows}
 
 
-def _job(stack: Stack, connection: "psycopg.Connection[Row]", client: Client, row: Row) -> Job:
+def _job(connection: "psycopg.Connection[Row]", client: Client, s3: Any, row: Row) -> Job:
     def all_of(table: str, order: str) -> list[Row]:
         query = f"SELECT * FROM {table} WHERE job_id = %s ORDER BY {order}"
         return connection.execute(query, (row["id"],)).fetchall()
@@ -65,14 +65,14 @@ def _job(stack: Stack, connection: "psycopg.Connection[Row]", client: Client, ro
         ],
         points=[(point.step, point.value) for point in client.metrics(row["id"], key=curve.LOSS)],
         checkpoints=[(c["attempt"], c["step"]) for c in checkpoints],
-        last_checkpoint=_files(stack, row["id"], checkpoints[-1]["files"]) if checkpoints else [],
-        files=_files(stack, row["id"], all_of("files", "path")),
+        last_checkpoint=_files(s3, row["id"], checkpoints[-1]["files"]) if checkpoints else [],
+        files=_files(s3, row["id"], all_of("files", "path")),
         lines=frozenset(line.message for line in client.logs(row["id"])),
     )
 
 
-def _files(stack: Stack, job_id: str, manifest: Sequence[Mapping[str, Any]]) -> list[File]:
-    s3, prefix = stack.s3(), f"{_PREFIX}/{job_prefix(job_id)}"
+def _files(s3: Any, job_id: str, manifest: Sequence[Mapping[str, Any]]) -> list[File]:
+    prefix = f"{_PREFIX}/{job_prefix(job_id)}"
     return [
         File(path=f["path"], sha256=f["sha256"], found=_sha256(s3, f"{prefix}/{f['path']}")) for f in manifest
     ]
