@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--minutes", type=float, default=15.0, help="of storm; each fault has its turn anyway"
     )
-    parser.add_argument("--jobs", type=int, default=150)
+    parser.add_argument("--jobs", type=int, default=250)
     parser.add_argument(
         "--fault", action="append", choices=sorted(CATALOGUE), help="may be given several times"
     )

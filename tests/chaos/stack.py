@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,8 +129,10 @@ class Stack:
     services: dict[str, Service] = field(default_factory=dict)
     journal: Journal = field(init=False)
     postgres: Postgres = field(init=False)
+    _ending: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
+        self._ending.callback(self.network.close)
         self.journals.mkdir(parents=True)
         self.journal = Journal(self.journals, "campaign")
 
@@ -163,6 +165,8 @@ class Stack:
         names = ("s3", "mlflow", HEAD, *APIS)
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
         self.postgres = Postgres(self.folder / "pg")
+        self._ending.callback(self.postgres.close)
+        self._ending.callback(self._end_processes)
         for name, targets in self._lines().items():
             self.proxies[name] = self.network.proxy(name, targets, seed=self.seed)
         for service in self._outside():
@@ -179,15 +183,16 @@ class Stack:
             self._wait(name, f"http://{LOCAL}:{self._ports[name]}/readyz")
 
     def close(self) -> None:
-        """End every process that this started, and those that they started."""
+        """End everything that was started, however far that came."""
+        self._ending.close()
+
+    def _end_processes(self) -> None:
         for service in self.services.values():
             service.signal(signal.SIGCONT)
         children = [service.child for service in self.services.values() if service.child is not None]
         asyncio.run(end(children, grace_s=3))
         for process in self.workers():
             process.kill()
-        self.network.close()
-        self.postgres.close()
 
     def workers(self) -> list[psutil.Process]:
         """The processes of all attempts, whoever their parent is by now."""

@@ -25,9 +25,9 @@ def effect(at: float, kind: str, attempt: int, **more: Any) -> Effect:
     return Effect(at=at, kind=kind, job="j1", attempt=attempt, pid=100 + attempt, **more)
 
 
-def good() -> History:
-    """A job with two attempts that succeeded, and one that was cancelled while it waited."""
-    first = Job(
+def succeeded() -> Job:
+    """A job that was cut once."""
+    return Job(
         id="j1",
         name="one",
         state="succeeded",
@@ -51,14 +51,16 @@ def good() -> History:
         files=(File(path="result.json", sha256=SHA, found=SHA),),
         lines=frozenset({"step 1", "step 2"}),
     )
-    second = Job(
-        id="j2",
-        name="two",
-        state="cancelled",
-        seed=SEED,
-        total_steps=STEPS,
-        events=(event(None, "queued", "submitted"), event("queued", "cancelled")),
-    )
+
+
+def cancelled() -> Job:
+    """A job that never started."""
+    events = (event(None, "queued", "submitted"), event("queued", "cancelled"))
+    return Job(id="j2", name="two", state="cancelled", seed=SEED, total_steps=STEPS, events=events)
+
+
+def good() -> History:
+    """A job with two attempts that succeeded, and one that was cancelled while it waited."""
     return History(
         calls=(
             submitted(1.0, "k1", "one", "j1"),
@@ -81,7 +83,7 @@ def good() -> History:
             effect(12.0, "finish-sent", 2, outcome="succeeded", files=("result.json",)),
             effect(12.1, "finish-taken", 2, sent=12.0, outcome="succeeded", files=("result.json",)),
         ),
-        jobs={"j1": first, "j2": second},
+        jobs={"j1": succeeded(), "j2": cancelled()},
         runs=(Run(job="j1", status="FINISHED", points=POINTS),),
     )
 
