@@ -187,7 +187,7 @@ class ExhaustDatabase(Lasting):
 
 @dataclass(kw_only=True)
 class CutStep:
-    """Every dispatcher is killed at the moment when one of them sends something: a reconcile step cut in two.
+    """All dispatchers, or apis, are killed when one of them sends something: a step cut in two.
 
     `pattern` is part of a request on the line; with `after` it was carried out, and nobody heard of it.
     """
@@ -195,15 +195,16 @@ class CutStep:
     line: str
     pattern: bytes
     after: bool
-    too: Sequence[str] = ()  # services that die at the same moment
+    victims: Sequence[str] = DISPATCHERS
+    too: Sequence[str] = ()  # what else dies at that moment
     hold_s: float = 20.0
 
     def inject(self, stack: Stack, random: Random) -> None:
         """Lay the trap. Statements have their text in a request only while a connection is young."""
-        Kill(names=DISPATCHERS, every=True).inject(stack, random)
+        Kill(names=self.victims, every=True).inject(stack, random)
         trip = Trip(pattern=self.pattern, after=self.after, action=lambda: self._kill(stack))
         stack.network.apply(stack.proxies[self.line], trip)
-        for name in DISPATCHERS:
+        for name in self.victims:
             stack.services[name].start()
 
     def over(self, stack: Stack) -> bool:
@@ -211,13 +212,13 @@ class CutStep:
         return stack.proxies[self.line].tripped.is_set()
 
     def heal(self, stack: Stack) -> None:
-        """Take the trap away and start the dispatchers."""
+        """Take the trap away and start what died."""
         stack.network.apply(stack.proxies[self.line], Pass())
-        for name in (*DISPATCHERS, *self.too):
+        for name in (*self.victims, *self.too):
             stack.services[name].start()
 
     def _kill(self, stack: Stack) -> None:
-        for name in (*DISPATCHERS, *self.too):
+        for name in (*self.victims, *self.too):
             stack.services[name].signal(signal.SIGKILL)
 
 
@@ -227,6 +228,10 @@ _APIS = ("api-clients", "api-workers")
 
 def _step(line: str, pattern: bytes, *, after: bool) -> Callable[[], Fault]:
     return lambda: CutStep(line=line, pattern=pattern, after=after)
+
+
+def _request(pattern: bytes, *, after: bool) -> Callable[[], Fault]:
+    return lambda: CutStep(line="database-api", pattern=pattern, after=after, victims=APIS)
 
 
 def _line(*proxies: str, mode: Mode, hold_s: float = 5.0) -> Callable[[], Fault]:
@@ -256,6 +261,10 @@ CATALOGUE: Mapping[str, Callable[[], Fault]] = {
     "step-before-noting-submit": _step("database-dispatcher", b"SET launched_at", after=False),
     "step-after-noting-submit": _step("database-dispatcher", b"SET launched_at", after=True),
     "step-after-commit": _step("database-dispatcher", b"COMMIT", after=True),
+    "step-before-accepting": _request(b"INSERT INTO submissions", after=False),
+    "step-after-accepting": _request(b"INSERT INTO submissions", after=True),
+    "step-before-checkpoint": _request(b"INSERT INTO checkpoints", after=False),
+    "step-after-request": _request(b"COMMIT", after=True),
     "database-refused": _line(*_DATABASE, mode=Refuse()),
     "database-frozen": _line(*_DATABASE, mode=Freeze()),
     "database-slow": _line(*_DATABASE, mode=Delay(seconds=0.05)),
