@@ -197,11 +197,15 @@ class CutStep:
     after: bool
     victims: Sequence[str] = DISPATCHERS
     too: Sequence[str] = ()  # what else dies at that moment
-    hold_s: float = 20.0
+    hold_s: float = 40.0
 
     def inject(self, stack: Stack, random: Random) -> None:
-        """Lay the trap. Statements have their text in a request only while a connection is young."""
+        """Lay the trap. Statements have their text in a request only while a connection is young.
+
+        A worker dies too, so that there will be an attempt to start.
+        """
         Kill(names=self.victims, every=True).inject(stack, random)
+        KillWorkers().inject(stack, random)
         trip = Trip(pattern=self.pattern, after=self.after, action=lambda: self._kill(stack))
         stack.network.apply(stack.proxies[self.line], trip)
         for name in self.victims:

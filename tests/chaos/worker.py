@@ -218,7 +218,7 @@ def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, to
         step_s=float(os.environ.get(STEP_S, "0.1")),
     )
     attach(shipper)
-    shipper.start(every_s=0.5)
+    shipper.start()
     try:
         finish = ending(training)
     except StaleAttempt:
