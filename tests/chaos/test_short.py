@@ -28,7 +28,7 @@ FAULTS = (
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_campaign__twelve_faults_break_no_rule(tmp_path: Path) -> None:
-    options = Options(seed=SEED, minutes=1.0, jobs=24, faults=FAULTS, calm_s=2.0)
+    options = Options(seed=SEED, minutes=1.0, jobs=16, faults=FAULTS, calm_s=2.0)
     result = run(options, tmp_path, console=Console(force_terminal=False))
     show(result, console=Console(force_terminal=False))
     assert result.violations == []
