@@ -19,11 +19,12 @@ import psutil
 import psycopg
 
 from service.client import Client
+from service.client.http import Backoff
 from service.local_servers import MlflowServer, free_ports
 from service.processes import Child, end
 from tests.chaos.journal import FOLDER, Journal
 from tests.chaos.proxy import Network, Proxy, Target
-from tests.chaos.worker import ORPHAN_S, STEP_S
+from tests.chaos.worker import ORPHAN_S, START_S, STEP_S
 
 ROOT = Path(__file__).parents[2]
 LOCAL = "127.0.0.1"
@@ -147,7 +148,8 @@ class Stack:
 
     def client(self, *, patience_s: float = 120.0) -> Client:
         """A client that goes through the proxy of the clients."""
-        return Client(self.url("api-clients"), patience_s=patience_s, timeout_s=8.0)
+        backoff = Backoff(first_s=0.2, longest_s=2.0)
+        return Client(self.url("api-clients"), patience_s=patience_s, timeout_s=8.0, backoff=backoff)
 
     def s3(self) -> Any:
         """The store's server without a proxy."""
@@ -225,7 +227,8 @@ class Stack:
             **_KEYS,
             FOLDER: str(self.journals),
             STEP_S: "0.08",
-            ORPHAN_S: "5",
+            ORPHAN_S: "12",
+            START_S: "8",
             "OMP_NUM_THREADS": "1",
         }
         s3 = [python, "-m", "moto.server", "-H", LOCAL, "-p", str(self._ports["s3"])]

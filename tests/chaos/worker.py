@@ -36,7 +36,7 @@ from workers.storage import JobStore
 
 log = logging.getLogger("workers.chaos")
 
-STEP_S, ORPHAN_S = "CHAOS_STEP_S", "CHAOS_ORPHAN_S"
+STEP_S, ORPHAN_S, START_S = "CHAOS_STEP_S", "CHAOS_ORPHAN_S", "CHAOS_START_S"
 PATIENCE_S = 90.0
 TIMEOUT_S = 8.0
 REPORT_EVERY_S = 0.5
@@ -295,8 +295,11 @@ def main() -> int:
     job_id, _, number = given.attempt.partition("/")
     journal = Journal(Path(os.environ[FOLDER]), "worker", job=job_id, attempt=int(number))
     journal.note("begun")
-    mind_the_head(journal, after_s=float(os.environ.get(ORPHAN_S, "5")))
+    mind_the_head(journal, after_s=float(os.environ.get(ORPHAN_S, "12")))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    # Ray and torch take their time; a third of the workers here does so too.
+    if os.getpid() % 3 == 0:
+        time.sleep(float(os.environ.get(START_S, "0")))
     status = INFRASTRUCTURE
     token = os.environ["CIM_ATTEMPT_TOKEN"]
     backoff = Backoff(first_s=0.2, longest_s=2.0)
