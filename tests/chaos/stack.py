@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 LOCAL = "127.0.0.1"
 BUCKET, DATABASE = "cim-chaos", "chaos"
 START_LIMIT_S = 180.0
+_DEATH_S = 20.0
 APIS, DISPATCHERS = ("api-0", "api-1"), ("dispatcher-0", "dispatcher-1")
 HEAD = "head"
 _KEYS = {
@@ -74,10 +75,15 @@ class Service:
         return self.child.process() if self.child is not None else None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to this process alone; one that is gone needs none."""
+        """Send a signal to this process alone; one that is gone needs none.
+
+        Returns after a kill when it is dead: until then `start` would take it for running.
+        """
         if (process := self.process()) is not None:
             with suppress(psutil.NoSuchProcess):
                 process.send_signal(number)
+                if number is signal.SIGKILL:
+                    process.wait(timeout=_DEATH_S)
 
 
 class Postgres:
