@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 PYTEST_ARGS ?=
+CHAOS_ARGS ?=
 
-.PHONY: setup demo test core up check bench clean
+.PHONY: setup demo test core chaos up check bench clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
@@ -22,6 +23,9 @@ test: setup
 
 core: setup
 	@sh scripts/core_alone.sh $(PYTEST_ARGS)
+
+chaos: setup
+	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)
 
 check: setup
 	$(BIN)/ruff format --check .

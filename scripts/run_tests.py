@@ -31,9 +31,10 @@ TIERS = (
         options=("-n", "2"),
         one_thread=True,
     ),
-    # Both start servers and Ray: one test at a time.
+    # All three start servers: one test at a time.
     Tier(name="integration", folders=("tests/integration",)),
     Tier(name="acceptance", folders=("tests/acceptance",)),
+    Tier(name="chaos", folders=("tests/chaos",), one_thread=True),
 )
 
 

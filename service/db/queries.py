@@ -178,15 +178,23 @@ async def claim_key(session: AsyncSession, submission: Mapping[str, Any]) -> Sub
 
 
 async def upsert(
-    session: AsyncSession, table: type[Base], rows: Sequence[Mapping[str, Any]], *, key: Sequence[str]
+    session: AsyncSession,
+    table: type[Base],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    key: Sequence[str],
+    first: Collection[str] = (),
 ) -> None:
-    """Insert `rows`, all of the same columns; one whose `key` exists takes the place of the old one."""
+    """Insert `rows`, all of the same columns; one whose `key` exists takes the place of the old one.
+
+    The columns of `first` stay as they were first written.
+    """
     if not rows:
         return
     # PostgreSQL may not touch a row twice in one statement, so the last of each key counts.
     unique = list({tuple(row[name] for name in key): dict(row) for row in rows}.values())
     statement = INSERT[session.get_bind().dialect.name](table.__table__)
-    others = {name: statement.excluded[name] for name in unique[0] if name not in key}
+    others = {name: statement.excluded[name] for name in unique[0] if name not in (*key, *first)}
     await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others), unique)
 
 

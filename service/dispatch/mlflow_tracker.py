@@ -21,6 +21,7 @@ from service.dispatch.tracker import (
     Outcome,
     Picture,
     Point,
+    TrackerFailedError,
     TrackerRefusedError,
     TrackerUnavailableError,
 )
@@ -30,7 +31,10 @@ JOB_TAG = "cim.job_id"
 _NOTE_TAG = "mlflow.note.content"
 _RUNNING = "RUNNING"
 _MAX_PARAMS = 100
-_FOR_EVER = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE", "BAD_REQUEST"})
+_FOR_EVER = frozenset({"RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE"})
+# Not the caller's fault: MLflow says so of whatever its database refuses, e.g. the parameters of a run
+# that come a second time, after a time-out, while the first ones are being stored.
+_CLASHED = "BAD_REQUEST"
 
 
 class MlflowTracker:
@@ -103,6 +107,8 @@ class MlflowTracker:
             told = f"MLflow at {self._url}: {str(error).splitlines()[0][:500]}"
             if error.error_code in _FOR_EVER:
                 raise TrackerRefusedError(told) from error
+            if error.error_code == _CLASHED:
+                raise TrackerFailedError(told) from error
             raise TrackerUnavailableError(told) from error
         except (requests.RequestException, OSError) as error:
             raise TrackerUnavailableError(f"MLflow at {self._url} does not answer: {error}") from error

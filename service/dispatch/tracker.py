@@ -17,6 +17,10 @@ class TrackerRefusedError(Exception):
     """The tracker will never take this, e.g. because its user has deleted the run."""
 
 
+class TrackerFailedError(Exception):
+    """The tracker failed at this very call, e.g. because the same one was under way; later it may succeed."""
+
+
 class Outcome(StrEnum):
     """How a run ended."""
 

@@ -156,7 +156,8 @@ async def record(
         job.latest = {**job.latest, **{point.key: [point.step, point.value] for point in in_order}}
     whose = {"job_id": job.id, "attempt": number, "at": now}
     metrics = [{**whose, **point.model_dump()} for point in points]
-    await queries.upsert(session, MetricRow, metrics, key=("job_id", "key", "step"))
+    # A tracker takes a point that comes again at another moment for another point.
+    await queries.upsert(session, MetricRow, metrics, key=("job_id", "key", "step"), first=["at"])
     entries = [{**whose, **entry.model_dump()} for entry in files]
     await queries.upsert(session, FileRow, entries, key=("job_id", "path"))
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from service.contracts.jobs import JobState, LogLine
+from service.db import queries
 from service.domain.names import log_prefix
 from tests.fakes.world import World, token_of
 
@@ -72,6 +73,17 @@ class WorkContract:
         assert (await world.row(job["id"])).version == 2
         await world.report(job["id"], 1, step=4)
         assert (await world.row(job["id"])).version == 2
+
+    async def test_report__a_repeated_point_keeps_its_moment(self, world: World) -> None:
+        job_id = await running(world)
+        moments = []
+        for value in (1.0, 1.0, 2.0):
+            await world.report(job_id, 1, metrics=[{"step": 10, "key": "loss", "value": value}])
+            async with world.sessions.begin() as session:
+                (row,) = await queries.metrics(session, job_id, limit=10)
+            moments.append(row.at)
+            assert row.value == value
+        assert moments == moments[:1] * 3
 
     async def test_report__a_repeated_point_takes_the_place_of_the_old_one(self, world: World) -> None:
         job_id = await running(world)

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos import databricks_pb2
 
 from service.dispatch.mlflow_tracker import MlflowTracker
-from service.dispatch.tracker import TrackerUnavailableError
+from service.dispatch.tracker import TrackerFailedError, TrackerRefusedError, TrackerUnavailableError
 from service.local_servers import free_ports
 from tests.fakes.tracker_contract import TrackerContract, new_run
 
@@ -73,3 +75,23 @@ async def test_no_server__is_unavailable_not_refused() -> None:
     tracker = MlflowTracker(f"http://127.0.0.1:{port}", experiment="nowhere")
     with pytest.raises(TrackerUnavailableError, match=str(port)):
         await tracker.ensure_run(new_run())
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        ("BAD_REQUEST", TrackerFailedError),
+        ("INVALID_PARAMETER_VALUE", TrackerRefusedError),
+        ("INTERNAL_ERROR", TrackerUnavailableError),
+    ],
+)
+async def test_errors__a_clash_in_the_servers_database_is_not_a_refusal(
+    monkeypatch: pytest.MonkeyPatch, code: str, kind: type[Exception]
+) -> None:
+    def clash(*_: object, **__: object) -> None:
+        told = "(sqlite3.IntegrityError) UNIQUE constraint failed: params.key"
+        raise MlflowException(told, error_code=getattr(databricks_pb2, code))
+
+    monkeypatch.setattr(MlflowClient, "log_batch", clash)
+    with pytest.raises(kind, match="UNIQUE constraint"):
+        await MlflowTracker("http://mlflow.test", experiment="clash").log_points("run", [])

@@ -1,0 +1,7 @@
+"""The campaign's entry point."""
+
+import sys
+
+from tests.chaos.campaign import main
+
+sys.exit(main())
