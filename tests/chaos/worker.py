@@ -18,6 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,14 @@ from service.client.errors import ApiError, StaleAttempt
 from service.client.http import Backoff
 from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
+from service.contracts.tokens import new_token
 from service.contracts.work import Assignment, Checkpoint, Failure, Finish, Report
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from tests.chaos import curve
 from tests.chaos.journal import FOLDER, Journal
 from workers.logs import LogShipper, attach, detach
 from workers.results import earlier_files, put_json, result_document
+from workers.spool import recover
 from workers.storage import JobStore
 
 log = logging.getLogger("workers.chaos")
@@ -203,9 +206,14 @@ class Training:
 def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, token: str) -> int:
     """Do it all; the exit status."""
     store = JobStore.of(assignment)
+    shelf = ShippedLines(store, journal)
+    spools = Path(os.environ[FOLDER]) / "spools" / assignment.job_id
+    with suppress(StoreError):
+        recover(spools, shelf, store.logs_prefix)
     shipper = LogShipper(
-        ShippedLines(store, journal),
+        shelf,
         store.log_prefix,
+        spool=spools / f"attempt-{assignment.attempt}",
         attempt=assignment.attempt,
         source="driver",
         secrets=[token],
@@ -301,12 +309,13 @@ def main() -> int:
     if os.getpid() % 3 == 0:
         time.sleep(float(os.environ.get(START_S, "0")))
     status = INFRASTRUCTURE
-    token = os.environ["CIM_ATTEMPT_TOKEN"]
+    token = new_token()
     backoff = Backoff(first_s=0.2, longest_s=2.0)
     try:
         with WorkClient(
             given.url, job_id, int(number), token, timeout_s=TIMEOUT_S, backoff=backoff
         ) as service:
+            service.claim(os.environ["CIM_CLAIM_CODE"], patience_s=PATIENCE_S)
             assignment = service.assignment(patience_s=PATIENCE_S)
             status = attempt(service, journal, assignment, token=token)
     except StaleAttempt as error:
