@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,14 @@ async def everything(
         settings: Settings = world.app.state.services.settings
         launcher, tracker = FakeLauncher(), FakeTracker()
         told = rules(settings.model_copy(update={"public_url": url}))
-        reconciler = Reconciler(world.sessions, launcher, world.store, rules=told, clock=world.clock)
+        reconciler = Reconciler(
+            world.sessions,
+            launcher,
+            world.store,
+            rules=told,
+            clock=world.clock,
+            monotonic=lambda: world.clock.now.timestamp(),
+        )
         forwarder = Forwarder(world.sessions, tracker, world.store, public_url=url)
         yield Everything(world, launcher, tracker, reconciler, forwarder, url, tmp_path)
 
@@ -127,6 +135,9 @@ async def test_secrets__come_out_nowhere(
     lost = (await world.submit(world.tokenizer("lost")))[0]["id"]
     await everything.reconciler.run_once()
     everything.launcher.end(submission_id(lost, 1), ClusterState.FAILED, log=f"cannot read {WEB}")
+    await everything.reconciler.run_once()
+    world.clock.now += timedelta(seconds=10)
+    await everything.reconciler.run_once()
     refused = [
         (await world.client.post("/v1/jobs", json=world.tokenizer("x", data={"uri": WEB}))).text,
         (await world.tell(lost, 1, "report", {"progress": {}}, token="guessed-SECRET0007")).text,
@@ -136,6 +147,7 @@ async def test_secrets__come_out_nowhere(
     sources = {**found, "refused": repr(refused), "service log": service_log(caplog)}
     assert (await world.show("good"))["state"] == "succeeded"
     assert "the store refused" in (await world.show("bad"))["reason"]
+    assert "its last lines: cannot read https://***" in (await world.show("lost"))["reason"]
     assert "shouting" in "".join(text for name, text in found.items() if name.endswith("/logs"))
     assert "submitted" in sources["service log"]
     secrets = [SECRET, RAY_TOKEN, *everything.tokens, *AWS.values(), "SECRET000"]

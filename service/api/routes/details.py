@@ -34,7 +34,7 @@ async def show_events(
     """Every move from state to state and everything else worth telling, oldest first."""
     if not follow:
         return await events_of.events(app.sessions, job_id)
-    after = int(last_event_id) if last_event_id and last_event_id.isdigit() else 0
+    after = events_of.from_cursor(last_event_id)
     found = events_of.follow(app.sessions, job_id, after=after, poll_s=app.poll_s)
     return EventSourceResponse(_event_stream(found), ping=_PING_S)
 
