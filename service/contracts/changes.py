@@ -15,7 +15,7 @@ class JobChange(Contract):
     """Only what is given changes."""
 
     name: Name | None = None
-    priority: int | None = Field(default=None, ge=0, le=100)
+    priority: int | None = Field(default=None, strict=True, ge=0, le=100)
     labels: dict[Name, Label] | None = Field(
         default=None, max_length=MOST_LABELS, description="takes the place of all labels"
     )
