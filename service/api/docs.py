@@ -14,6 +14,15 @@ from service.contracts.problems import Problem
 
 _ASSETS = "/docs/assets"
 _FIRST_ERROR = 400
+_TOO_LARGE = 413
+_ANYWHERE = {
+    "Unreadable": (400, "Address, headers or body cannot be read."),
+    "ForeignPage": (403, "A page of another site asks."),
+    "TooLarge": (_TOO_LARGE, "The body is too large."),
+    "TooLongAddress": (414, "The address is too long."),
+    "Misdirected": (421, "The Host header names another service."),
+    "TooLargeHeaders": (431, "There are too many headers, or too large ones."),
+}
 
 DESCRIPTION = """
 Self-supervised visual pre-training with Corrupted Image Modeling: post a spec, get an encoder.
@@ -47,13 +56,30 @@ def document(app: FastAPI) -> dict[str, Any]:
             tags=app.openapi_tags,
         )
         schema["components"]["schemas"].setdefault("Problem", Problem.model_json_schema())
+        schema["components"]["responses"] = {name: _refusal(told) for name, (_, told) in _ANYWHERE.items()}
         for operations in schema["paths"].values():
             for operation in operations.values():
                 _say_problem(operation["responses"])
+                _say_refusals(operation)
         for unused in ("HTTPValidationError", "ValidationError"):
             schema["components"]["schemas"].pop(unused, None)
         app.openapi_schema = schema
     return app.openapi_schema
+
+
+def _refusal(told: str) -> dict[str, Any]:
+    """A response of the document that any request may be answered with."""
+    return {
+        "description": told,
+        "content": {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+    }
+
+
+def _say_refusals(operation: dict[str, Any]) -> None:
+    for name, (status, _) in _ANYWHERE.items():
+        if status != _TOO_LARGE or "requestBody" in operation:
+            operation["responses"].setdefault(str(status), {"$ref": f"#/components/responses/{name}"})
+    operation["responses"] = dict(sorted(operation["responses"].items()))
 
 
 def _say_problem(responses: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from service.contracts.problems import FieldProblem, Problem
 from service.errors import InvalidSpecError, ServiceError
@@ -17,6 +18,7 @@ from service.errors import InvalidSpecError, ServiceError
 logger = logging.getLogger(__name__)
 
 MEDIA_TYPE = "application/problem+json"
+_UNREADABLE = "There was an error parsing the body"  # FastAPI's words
 _PLACES = {"body", "query", "path", "header"}
 
 
@@ -85,10 +87,21 @@ def _field_problem(detail: Mapping[str, Any]) -> FieldProblem:
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = error.detail
+    if detail == _UNREADABLE:
+        detail = "the body must be JSON in UTF-8"
     if error.status_code == HTTPStatus.NOT_FOUND:
         detail = f"there is nothing at {request.url.path}; /docs lists every address"
     problem = problem_of(error.status_code, detail=detail)
-    return problem_response(problem, headers=error.headers)
+    headers = dict(error.headers or {})
+    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(sorted(_methods_at(request)))
+    return problem_response(problem, headers=headers)
+
+
+def _methods_at(request: Request) -> set[str]:
+    """What may be done at an address: a router names the methods of its first route alone."""
+    routes = [route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE]
+    return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
 async def _no_database(_request: Request, error: Exception) -> Response:

@@ -4,7 +4,7 @@ import re
 
 from starlette.exceptions import HTTPException
 
-_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+_RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.ASCII)
 
 
 def wanted(header: str | None, *, size: int) -> tuple[int, int] | None:

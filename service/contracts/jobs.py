@@ -2,9 +2,9 @@
 
 from datetime import datetime
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from service.contracts.base import Stored
 from service.contracts.estimates import Estimate
@@ -45,22 +45,32 @@ class FailureKind(StrEnum):
     STALLED = "stalled"
 
 
+# Databases count in 64 bits.
+Count = Annotated[int, Field(ge=0, le=2**62)]
+
+
 class Progress(Stored):
     """How far the present attempt is."""
 
-    step: int = 0
-    total_steps: int | None = None
+    step: Count = 0
+    total_steps: Count | None = None
     epoch: float | None = None
     images_per_s: float | None = None
     eta_s: float | None = None
     message: str = ""  # what happens now, e.g. "reading 500 images"
 
 
+def _plain(path: str) -> str:
+    if {"", ".", ".."} & set(path.split("/")) or "\\" in path or not path.isprintable():
+        raise ValueError("must be a plain relative path, without empty parts, '.', '..' and backslashes")
+    return path
+
+
 class FileEntry(Stored):
     """One file of a manifest; `path` is relative to the job's prefix `jobs/JOB_ID/`."""
 
-    path: str = Field(min_length=1, max_length=1024)
-    size: int = Field(ge=0)
+    path: Annotated[str, Field(min_length=1, max_length=1024), AfterValidator(_plain)]
+    size: Count
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
@@ -123,7 +133,7 @@ class EventView(Stored):
 class MetricPoint(Stored):
     """One value of one curve."""
 
-    step: int = Field(ge=0)
+    step: Count
     key: str = Field(min_length=1, max_length=250)
     value: float
 

@@ -1,7 +1,7 @@
 """From what a user wrote to a spec, or to the list of all mistakes in it."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -18,6 +18,8 @@ from service.errors import InvalidSpecError
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
 _MOST_ROUNDS = 8
+_MOST_VALUES = 1_000  # the longest sensible spec has two hundred; each mistake among them takes time
+_MOST_PROBLEMS = 200  # of several documents; who has more reads no further
 _DEEPEST = 32  # levels; the models have five
 
 
@@ -33,10 +35,15 @@ def parse(raw: object, *, where: str = "") -> AnySpec:
 
 
 def parse_all(documents: Sequence[object]) -> list[AnySpec]:
-    """Several documents; with more than one, paths begin with the document's number, `[1].`."""
+    """Several documents; with more than one, paths begin with the document's number, `[1].`.
+
+    After the document with the 200th mistake the others are not judged.
+    """
     specs: list[AnySpec] = []
     problems: list[FieldProblem] = []
     for number, document in enumerate(documents):
+        if len(problems) >= _MOST_PROBLEMS:
+            break
         try:
             specs.append(parse(document, where=place(number, len(documents))))
         except InvalidSpecError as error:
@@ -60,6 +67,9 @@ def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:
     """The spec, where one could be made of `raw`, and every mistake found."""
     if _nested_too_deep(raw):
         told = f"a spec must not be nested deeper than {_DEEPEST} levels"
+        return None, [FieldProblem(path="", message=told)]
+    if _holds_too_much(raw):
+        told = f"a spec must not hold more than {_MOST_VALUES} keys and values"
         return None, [FieldProblem(path="", message=told)]
     if not isinstance(raw, dict):
         told = f"a spec must be a mapping of keys to values, got {shown(raw)!r}"
@@ -126,16 +136,29 @@ def _touches(problem: FieldProblem, removed: set[tuple[Part, ...]]) -> bool:
     return any(gone[:1] in ((section,), ("resources",)) for gone in removed)
 
 
-def _without(raw: Any, removed: set[tuple[Part, ...]]) -> Any:
+def _without(raw: Any, removed: Collection[tuple[Part, ...]]) -> Any:
     """A copy of `raw` in which these places are empty; an item of a list takes the list with it."""
-    if isinstance(raw, dict):
-        gone = {parts[0] for parts in removed if len(parts) == 1}
-        return {
-            key: _without(value, {parts[1:] for parts in removed if parts[:1] == (key,) and len(parts) > 1})
-            for key, value in raw.items()
-            if key not in gone and not (isinstance(value, list) and any(p[0] == key for p in removed))
-        }
-    return raw
+    if not isinstance(raw, dict):
+        return raw
+    below: dict[Part, list[tuple[Part, ...]]] = {}
+    for parts in removed:
+        below.setdefault(parts[0], []).append(parts[1:])
+    return {
+        key: _without(value, below.get(key, ()))
+        for key, value in raw.items()
+        if key not in below or not (() in below[key] or isinstance(value, list))
+    }
+
+
+def _holds_too_much(raw: object) -> bool:
+    todo, num = [raw], 0
+    while todo and num <= _MOST_VALUES:
+        value = todo.pop()
+        inner = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(inner, list):
+            num += len(inner)
+            todo += inner
+    return num > _MOST_VALUES
 
 
 def _nested_too_deep(raw: object) -> bool:

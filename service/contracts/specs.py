@@ -12,6 +12,7 @@ from service.contracts.base import Contract
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Uri = Annotated[str, Field(min_length=1, max_length=4096)]
+MOST_LABELS = 64  # each is a tag in MLflow
 # Merged by `parsing` before a spec is made; here it is a record of where its values come from.
 Recipe = Annotated[Name | None, Field(description="Name of a recipe; the other keys change what it says.")]
 
@@ -66,7 +67,9 @@ class _Spec(Contract):
 
     name: Name
     priority: int = Field(default=50, ge=0, le=100)
-    labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict)
+    labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(
+        default_factory=dict, max_length=MOST_LABELS
+    )
     resources: Resources = Resources()
     retries: Retries = Retries()
     limits: Limits = Limits()

@@ -6,7 +6,9 @@ from pydantic import Field
 
 from service.contracts.allowed import ANYWHERE
 from service.contracts.base import Stored
-from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
+from service.contracts.jobs import Count, FailureKind, FileEntry, MetricPoint, Progress
+
+Plain = bool | int | float | str | None
 
 
 class Claim(Stored):
@@ -26,7 +28,7 @@ class StoreAddress(Stored):
 class Checkpoint(Stored):
     """A committed checkpoint: nothing exists that its manifest does not name."""
 
-    step: int = Field(ge=0)
+    step: Count
     prefix: str  # attempts/N/checkpoints/step-M, below jobs/JOB_ID/
     files: list[FileEntry]
 
@@ -51,7 +53,7 @@ class Report(Stored):
     progress: Progress
     metrics: list[MetricPoint] = Field(default_factory=list)
     files: list[FileEntry] = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
-    plan: dict[str, Any] | None = None  # the durations in steps, once they are known
+    plan: dict[str, Plain | list[Plain]] | None = None  # the durations in steps, once they are known
     idle_s: float = Field(default=0.0, ge=0)  # since the training last showed a sign of life
 
 
@@ -72,8 +74,8 @@ class Finish(Stored):
     """How an attempt ended. A success names every file of the result."""
 
     outcome: Literal["succeeded", "failed", "stopped"]
-    step: int = Field(ge=0)
-    total_steps: int | None = None
+    step: Count
+    total_steps: Count | None = None
     failure: Failure | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)

@@ -1,6 +1,7 @@
 """What happened to a job."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -12,6 +13,7 @@ from service.db.tables import EventRow
 from service.jobs.views import to_event
 
 _ROWS_A_READ = 1000
+_ROW = re.compile(r"[0-9]{1,18}")
 
 
 async def events(sessions: Sessions, job_id: str) -> list[EventView]:
@@ -42,6 +44,11 @@ async def follow(sessions: Sessions, job_id: str, *, after: int, poll_s: float) 
             if job is None or job.state in FINAL:
                 return
             await asyncio.sleep(poll_s)
+
+
+def from_cursor(text: str | None) -> int:
+    """The event that a broken stream ended with; what is none means the beginning."""
+    return int(text) if text and _ROW.fullmatch(text) else 0
 
 
 async def _after(session: AsyncSession, job_id: str, after: int) -> Sequence[EventRow]:

@@ -12,6 +12,7 @@ from tests.chaos.history import TAKEN, Effect, File, History, Job
 
 _FENCE = re.compile(r"attempt (\d+) is starting")
 _COMMIT = re.compile(r"attempt (\d+) committed a checkpoint")
+_REMOVED = re.compile(r"removed checkpoints? at steps? ([\d, ]+)")
 _CAUSES = ("no space is left", "which this one needs")
 _RUN_STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
@@ -129,12 +130,15 @@ def _story_keeps_the_fence(job: Job) -> Found:
             if int(raised[1]) != fence + 1:
                 yield job.id, f"the fence rose from {fence} to {raised[1]}"
             fence = int(raised[1])
+        if removed := _REMOVED.match(event.message):
+            num_commits -= len(removed[1].split(","))
         if committed := _COMMIT.match(event.message):
             num_commits += 1
             if int(committed[1]) != fence:
                 yield job.id, f"attempt {committed[1]} committed while the fence was {fence}"
     if num_commits != len(job.checkpoints):
-        yield job.id, f"its story tells of {num_commits} checkpoints, the table holds {len(job.checkpoints)}"
+        told = f"its story leaves {num_commits} checkpoints, the table holds {len(job.checkpoints)}"
+        yield job.id, told
 
 
 def curves_are_complete(history: History) -> Found:

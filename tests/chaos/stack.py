@@ -254,6 +254,7 @@ class Stack:
             "CIM_DATA_DIR": str(self.folder),
             "CIM_DATABASE_URL": f"postgresql+psycopg://postgres@{LOCAL}:{database}/{DATABASE}?sslmode=disable",
             "CIM_STORE_URL": f"s3://{BUCKET}/artifacts",
+            "CIM_ALLOWED_STORAGE": "s3://photos/",
             "CIM_S3_ENDPOINT_URL": self.url("store"),
             "CIM_S3_REGION": "us-east-1",
             "CIM_RAY_URL": self.url("cluster"),

@@ -173,7 +173,7 @@ class WorkContract:
             told["files"] = [{**entry, "path": f"{prefix}/x"} for entry in told["files"]]
         else:  # the place is all that is wrong
             told["files"] = [world.file(job_id, f"{prefix}/x")]
-        assert (await world.tell(job_id, 1, "checkpoints", told)).status_code in (400, 409)
+        assert (await world.tell(job_id, 1, "checkpoints", told)).status_code in (409, 422)
 
     async def test_finish__a_success_names_its_files(self, world: World) -> None:
         job_id = await running(world)

@@ -189,7 +189,7 @@ class World:
 
 @asynccontextmanager
 async def open_world(
-    database_url: str, folder: Path, *, allowed_storage: str = EVERYTHING
+    database_url: str, folder: Path, *, allowed_storage: str = EVERYTHING, store: ObjectStore | None = None
 ) -> AsyncIterator[World]:
     """A world on a migrated database; closed with every connection of it."""
     images = folder / "images"
@@ -207,7 +207,8 @@ async def open_world(
         shared_filesystem=True,
     )
     engine = create_engine(database_url)
-    sessions, store, clock = create_sessions(engine), DirectoryStore(folder / "store"), Clock()
+    sessions, clock = create_sessions(engine), Clock()
+    store = store or DirectoryStore(folder / "store")
     costs = FakeCosts()
     app = create_app(settings, sessions, store, costs=costs, clock=clock, poll_s=0.01)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,13 @@ async def everything(
         told = rules(settings.model_copy(update={"public_url": url}))
         lease = await lease_of(world.sessions)
         reconciler = Reconciler(
-            world.sessions, launcher, world.store, lease=lease, rules=told, clock=world.clock
+            world.sessions,
+            launcher,
+            world.store,
+            lease=lease,
+            rules=told,
+            clock=world.clock,
+            monotonic=lambda: world.clock.now.timestamp(),
         )
         forwarder = Forwarder(world.sessions, tracker, world.store, lease=lease, public_url=url)
         yield Everything(world, launcher, tracker, reconciler, forwarder, url, tmp_path)
@@ -131,6 +138,9 @@ async def test_secrets__come_out_nowhere(
     lost = (await world.submit(world.tokenizer("lost")))[0]["id"]
     await everything.reconciler.run_once()
     everything.launcher.end(submission_id(lost, 1), ClusterState.FAILED, log=f"cannot read {WEB}")
+    await everything.reconciler.run_once()
+    world.clock.now += timedelta(seconds=10)
+    await everything.reconciler.run_once()
     refused = [
         (await world.client.post("/v1/jobs", json=world.tokenizer("x", data={"uri": WEB}))).text,
         (await world.tell(lost, 1, "report", {"progress": {}}, token="guessed-SECRET0007")).text,
@@ -140,6 +150,7 @@ async def test_secrets__come_out_nowhere(
     sources = {**found, "refused": repr(refused), "service log": service_log(caplog)}
     assert (await world.show("good"))["state"] == "succeeded"
     assert "the store refused" in (await world.show("bad"))["reason"]
+    assert "its last lines: cannot read https://***" in (await world.show("lost"))["reason"]
     assert "shouting" in "".join(text for name, text in found.items() if name.endswith("/logs"))
     assert "submitted" in sources["service log"]
     secrets = [SECRET, RAY_TOKEN, *everything.tokens, *AWS.values(), "SECRET000"]

@@ -24,17 +24,29 @@ _END = ServerSentEvent(event="end", data="{}")
 
 UNKNOWN: dict[int | str, dict[str, Any]] = {404: {"model": Problem, "description": "No such job or file."}}
 
+_EVENT = {
+    "type": "object",
+    "description": "With `follow=true`: one for each item, `data` is its JSON; the last one is named `end`.",
+    "properties": {
+        "id": {"type": "string"},
+        "event": {"type": "string"},
+        "data": {"type": "string", "contentMediaType": "application/json"},
+    },
+    "required": ["data"],
+}
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": _EVENT}}}}
+
 router = APIRouter(prefix="/v1/jobs/{ref}", tags=["details"], responses=UNKNOWN)
 
 
-@router.get("/events", summary="What happened to a job", response_model=list[EventView])
+@router.get("/events", summary="What happened to a job", response_model=list[EventView], responses=STREAM)
 async def show_events(
     job_id: JobId, app: App, *, follow: Follow = False, last_event_id: LastEventId = None
 ) -> Any:
     """Every move from state to state and everything else worth telling, oldest first."""
     if not follow:
         return await events_of.events(app.sessions, job_id)
-    after = int(last_event_id) if last_event_id and last_event_id.isdigit() else 0
+    after = events_of.from_cursor(last_event_id)
     found = events_of.follow(app.sessions, job_id, after=after, poll_s=app.poll_s)
     return EventSourceResponse(_event_stream(found), ping=_PING_S)
 
@@ -52,7 +64,7 @@ async def show_metrics(
     return await metrics_of.metrics(session, ref, key=key, latest=latest, after_step=after_step)
 
 
-@router.get("/logs", summary="What a job's workers printed", response_model=list[LogLine])
+@router.get("/logs", summary="What a job's workers printed", response_model=list[LogLine], responses=STREAM)
 async def show_logs(
     job_id: JobId, app: App, *, follow: Follow = False, last_event_id: LastEventId = None
 ) -> Any:

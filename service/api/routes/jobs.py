@@ -90,13 +90,19 @@ async def validate_specs(documents: Documents, app: App) -> Validation:
 
 
 def _query(
-    state: Annotated[list[JobState] | None, Query(description="May be given several times.")] = None,
-    kind: Annotated[list[str] | None, Query(description="May be given several times.")] = None,
-    name: Annotated[str | None, Query(description="Exactly this name.")] = None,
-    label: Annotated[list[str] | None, Query(description="`key=value`; all that are given must fit.")] = None,
-    q: Annotated[str | None, Query(description="Part of a name or id.")] = None,
+    state: Annotated[
+        list[JobState] | None, Query(max_length=16, description="May be given several times.")
+    ] = None,
+    kind: Annotated[list[str] | None, Query(max_length=16, description="May be given several times.")] = None,
+    name: Annotated[str | None, Query(max_length=256, description="Exactly this name.")] = None,
+    label: Annotated[
+        list[str] | None, Query(max_length=16, description="`key=value`; all that are given must fit.")
+    ] = None,
+    q: Annotated[str | None, Query(max_length=256, description="Part of a name or id.")] = None,
     limit: Annotated[int, Query(ge=1, le=500)] = 50,
-    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    cursor: Annotated[
+        str | None, Query(max_length=256, description="`next_cursor` of the page before.")
+    ] = None,
 ) -> listing.Query:
     return listing.Query(
         states=state or (),

@@ -203,6 +203,13 @@ def test_braces__written_out() -> None:
     assert list(expand_braces("a{08..10}b{x,y}")) == [f"a{i}b{c}" for i in ("08", "09", "10") for c in "xy"]
 
 
+@pytest.mark.parametrize("pattern", ["{0..9}" * 6, "{0..100000}", "{,}" * 1300, "{1..999999999999}"])
+def test_braces__that_stand_for_too_much_are_refused(tmp_path: Path, pattern: str) -> None:
+    with pytest.raises(DataError, match="at most 100000 shards"):
+        list(expand_braces(f"/x/{pattern}.tar"))
+    assert len(list(expand_braces("{0..99999}"))) == 100_000
+
+
 def test_json__round_trip_and_another_root(tmp_path: Path) -> None:
     put(tmp_path / "one", {"cat/1.png": picture(), "dog/2.png": picture("JPEG"), "x.txt": b"no"})
     index = scan(tmp_path / "one")

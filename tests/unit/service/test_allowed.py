@@ -67,6 +67,7 @@ CLIMBING = [
     "/data/{a,../../etc/b}",
     "/data/{a/.,c}{./d,e}",
     "/data/{{a,.},..}/x.tar",
+    "/data/{x{a,b},..}/etc",
     "s3://photos/../team/private",
     "s3://team/public/./../private",
     "https://models.example.org/cim/../other",
@@ -100,7 +101,22 @@ def test_fault__no_path_climbs_out(address: str) -> None:
 
 @given(
     st.lists(
-        st.sampled_from(["..", ".", "", "a", "{a,..}", "{.,b}{.,c}", ".{,a}", "%2e%2e", "{0..2}", "*", "..."])
+        st.sampled_from(
+            [
+                "..",
+                ".",
+                "",
+                "a",
+                "{a,..}",
+                "{x{a,b},..}",
+                "{.,b}{.,c}",
+                ".{,a}",
+                "%2e%2e",
+                "{0..2}",
+                "*",
+                "...",
+            ]
+        )
     ).map("/".join)
 )
 def test_fault__what_it_lets_pass_never_leaves_the_folder_however_it_is_written_out(path: str) -> None:

@@ -1,5 +1,6 @@
 """The contracts of the API on SQLite; tests/integration/test_postgres.py runs them on PostgreSQL."""
 
+from tests.fakes.artifact_contract import ArtifactContract
 from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.moves_contract import MovesContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
@@ -26,3 +27,6 @@ class TestWork(WorkContract): ...
 
 
 class TestDetails(DetailContract): ...
+
+
+class TestArtifacts(ArtifactContract): ...

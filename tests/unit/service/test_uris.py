@@ -7,6 +7,7 @@ import pytest
 
 from service.contracts.allowed import EVERYTHING, allowed_by, prefixes_in
 from service.contracts.parsing import parse
+from service.jobs import places
 from service.jobs.uris import problems
 from tests.unit.service.test_parsing import evaluate, pretrain
 
@@ -170,3 +171,30 @@ def test_encoder__a_folder_with_a_model_is_taken(folder: Path) -> None:
     assert "lacks config.json" in found(evaluate(encoder=str(folder / "images"), data=data))["encoder"]
     assert "must be absolute" in found(evaluate(encoder="fake", data=data))["encoder"]
     assert "must be absolute" in found(evaluate(encoder="dall-e", data=data))["encoder"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["{,}" * 1300, "x" * 300, "{" * 4000, "{0..9}" * 600, "a/" * 2000, "{" + "0" * 3000 + "..1}", "[" * 4000],
+    ids=["braces", "long", "open", "numbers", "deep", "digits", "brackets"],
+)
+def test_places__what_no_file_system_takes_is_refused_like_the_rest(folder: Path, name: str) -> None:
+    uri = f"{folder}/{name}"[:4096]
+    spec = official(folder, encoder=uri, decoder=uri)
+    spec["data"]["uri"] = uri
+    assert set(found(spec)) == {"data.uri", "model.tokenizer.encoder", "model.tokenizer.decoder"}
+    assert set(found(evaluate(encoder=uri, data={"train": uri, "val": uri}))) == {
+        "encoder",
+        "data.train",
+        "data.val",
+    }
+
+
+def test_places__a_look_ends_where_there_is_too_much_to_see(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for uri in (f"{folder}/**/none.tar", f"{folder}/*/*/none.tar", f"{folder}/empty"):
+        assert set(found(pretrain(data__uri=uri))) == {"data.uri"}
+    monkeypatch.setattr(places, "_MOST_LOOKS", 1)
+    for uri in (f"{folder}/**/none.tar", f"{folder}/*/*/none.tar", f"{folder}/empty"):
+        assert found(pretrain(data__uri=uri)) == {}, "the workers see for themselves"
