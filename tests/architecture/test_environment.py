@@ -12,6 +12,7 @@ MAY_READ = {
     "service/settings.py": "the service's settings object",
     "service/__main__.py": "hands the environment on to the processes that `up` starts",
     "service/cli/main.py": "finds the service: CIM_URL",
+    "service/cli/database.py": "finds the database: CIM_DATABASE_URL",
     "workers/__main__.py": "takes the code that claims the attempt",
     "workers/settings.py": "the worker's settings object",
 }

@@ -223,6 +223,15 @@ def test_check__a_fence_that_was_passed_shows_in_the_story() -> None:
     assert [v.detail for v in check(late(good()))] == ["attempt 1 committed while the fence was 2"]
 
 
+def test_check__a_removed_checkpoint_must_be_gone_from_the_table() -> None:
+    removed = event(None, None, "removed checkpoint at step 3")
+    events = (*good().jobs["j1"].events, removed)
+    told = [v.detail for v in check(job(events=events)(good())) if v.rule == "one_attempt_commits"]
+    assert told == ["its story leaves 1 checkpoints, the table holds 2"]
+    gone = check(job(events=events, checkpoints=((2, 6),))(good()))
+    assert not [v for v in gone if v.rule == "one_attempt_commits"]
+
+
 def test_check__a_story_that_tells_of_no_checkpoint_is_not_taken_for_a_good_one() -> None:
     events = [e for e in good().jobs["j1"].events if "committed" not in e.message]
     assert [v.rule for v in check(job(events=events)(good()))] == ["one_attempt_commits"]
