@@ -144,7 +144,7 @@ def _take(work: FakeWork, what: str, body: bytes) -> dict[str, Any] | None:
         work.token_hash = told.token_hash
     elif what == "report":
         return work.report(Report.model_validate_json(body)).model_dump()
-    if what == "checkpoints":
+    elif what == "checkpoints":
         work.commit_checkpoint(Checkpoint.model_validate_json(body))
     else:
         work.finish(Finish.model_validate_json(body))

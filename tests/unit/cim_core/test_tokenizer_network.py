@@ -5,6 +5,7 @@ import torch
 
 from cim_core.tokenizers.network import (
     Decoder,
+    DecoderBlock,
     Encoder,
     EncoderBlock,
     Layout,
@@ -111,3 +112,30 @@ def test_encoder__output_is_float32_under_autocast() -> None:
     initialise(encoder, generator=generator())
     with torch.autocast("cpu", torch.bfloat16):
         assert encoder(torch.rand(1, 3, 8, 8)).dtype == torch.float32
+
+
+@pytest.mark.parametrize("block", [EncoderBlock, DecoderBlock])
+def test_block__adds_the_scaled_residual_to_the_skip(block: type[EncoderBlock] | type[DecoderBlock]) -> None:
+    made = block(3, 8, post_gain=0.25)
+    initialise(made, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(made(x), made.id_path(x) + made.res_path(x) / 4)
+    assert made.res_path(x).abs().mean().item() > 0.01
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(2, 1), (4, 1), (7, 1), (8, 2), (12, 3)])
+def test_block__its_branch_has_a_quarter_of_the_width(width: int, hidden: int) -> None:
+    block = EncoderBlock(3, width, post_gain=1.0)
+    assert block.res_path.conv_1.weight.shape == (hidden, 3, 3, 3)
+
+
+def test_names__are_the_official_ones() -> None:
+    layout = Layout(width=4, stride=4, blocks_per_group=2)
+    encoder = {name.rpartition(".")[0] for name, _ in Encoder(layout, num_outputs=5).named_modules()}
+    decoder = {name.rpartition(".")[0] for name, _ in Decoder(layout, code_dim=5).named_modules()}
+    paths = {f"blocks.group_{g}.block_{b}.res_path" for g in (1, 2, 3) for b in (1, 2)}
+    assert {name for name in encoder if name.endswith("res_path")} == paths
+    assert {name for name in decoder if name.endswith("res_path")} == paths
+    branch = Encoder(layout, num_outputs=5).blocks.group_1.block_1.res_path
+    expected = [f"{kind}_{n}" for n in (1, 2, 3, 4) for kind in ("relu", "conv")]
+    assert [name for name, _ in branch.named_children()] == expected
