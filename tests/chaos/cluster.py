@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.journal import FOLDER, Journal
+from tests.chaos.journal import FOLDER, HEAD_PID, Journal
 
 STOP_WAIT_S = 3.0
 _JOB = re.compile(r"/api/jobs/([^/?]+)(/stop|/logs)?$")
@@ -76,7 +76,7 @@ class Head:
             with log.open("ab") as output:
                 process = subprocess.Popen(
                     shlex.split(wanted["entrypoint"]),
-                    env={**os.environ, **wanted.get("runtime_env", {}).get("env_vars", {})},
+                    env={**os.environ, HEAD_PID: str(os.getpid()), **wanted["runtime_env"]["env_vars"]},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=subprocess.STDOUT,

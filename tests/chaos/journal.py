@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 Fact = dict[str, Any]
-FOLDER = "CHAOS_JOURNAL"  # environment: where the processes of a campaign keep their journals
+# Environment of the processes of a campaign: where their journals are, and the head that began a worker.
+FOLDER, HEAD_PID = "CHAOS_JOURNAL", "CHAOS_HEAD_PID"
 
 
 class Journal:

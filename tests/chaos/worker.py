@@ -31,7 +31,7 @@ from service.contracts.tokens import new_token
 from service.contracts.work import Assignment, Checkpoint, Failure, Finish, Report
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from tests.chaos import curve
-from tests.chaos.journal import FOLDER, Journal
+from tests.chaos.journal import FOLDER, HEAD_PID, Journal
 from workers.logs import LogShipper, attach, detach
 from workers.results import earlier_files, put_json, result_document
 from workers.spool import recover
@@ -280,11 +280,11 @@ def png(shade: int) -> bytes:
 
 
 def mind_the_head(journal: Journal, *, after_s: float) -> None:
-    """Die `after_s` seconds after the parent, without a word to anyone but the journal."""
-    parent = os.getppid()
+    """Die `after_s` seconds after the head, without a word to anyone but the journal."""
+    head = int(os.environ[HEAD_PID])  # which may be dead before this process can ask for its parent
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == head:
             time.sleep(0.2)
         journal.note("orphaned")
         time.sleep(after_s)
