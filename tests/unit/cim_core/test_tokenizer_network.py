@@ -126,7 +126,7 @@ def test_block__adds_the_scaled_residual_to_the_skip(block: type[EncoderBlock] |
 @pytest.mark.parametrize(("width", "hidden"), [(2, 1), (4, 1), (7, 1), (8, 2), (12, 3)])
 def test_block__its_branch_has_a_quarter_of_the_width(width: int, hidden: int) -> None:
     block = EncoderBlock(3, width, post_gain=1.0)
-    assert block.res_path.conv_1.weight.shape == (hidden, 3, 3, 3)
+    assert block.state_dict()["res_path.conv_1.weight"].shape == (hidden, 3, 3, 3)
 
 
 def test_names__are_the_official_ones() -> None:
@@ -136,6 +136,6 @@ def test_names__are_the_official_ones() -> None:
     paths = {f"blocks.group_{g}.block_{b}.res_path" for g in (1, 2, 3) for b in (1, 2)}
     assert {name for name in encoder if name.endswith("res_path")} == paths
     assert {name for name in decoder if name.endswith("res_path")} == paths
-    branch = Encoder(layout, num_outputs=5).blocks.group_1.block_1.res_path
+    branch = Encoder(layout, num_outputs=5).get_submodule("blocks.group_1.block_1.res_path")
     expected = [f"{kind}_{n}" for n in (1, 2, 3, 4) for kind in ("relu", "conv")]
     assert [name for name, _ in branch.named_children()] == expected
