@@ -1,6 +1,7 @@
 """The whole tokenizer: contract, loss, learning, resume."""
 
 import copy
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from cim_core.config import TokenizerConfig
 from cim_core.tokenizers.base import Tokenizer
-from cim_core.tokenizers.dvae import DiscreteVAE, TokenizerOutput
+from cim_core.tokenizers.dvae import DiscreteVAE, TokenizerOutput, _calibrated
 from cim_core.tokenizers.task import tokenizer_task
 
 TINY = TokenizerConfig(image_size=16, stride=4, width=8, vocab_size=16, code_dim=8)
@@ -203,3 +204,30 @@ def test_task__draws_depend_on_place_alone() -> None:
     losses = [task.losses(batch, rank=rank, **place).loss.item() for rank in (0, 0, 1)]  # type: ignore[arg-type]
     assert losses[0] == losses[1]
     assert losses[0] != losses[2]
+
+
+def test_loss__is_calibrated_over_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cim_core.tokenizers.dvae.dist.world_size", lambda: 2)
+    monkeypatch.setattr("cim_core.tokenizers.dvae.dist.all_reduce_sum", lambda error: error + 0.06)
+    loss, variance = _calibrated(torch.tensor(0.02))
+    assert variance.item() == pytest.approx(0.04)
+    assert loss.item() == pytest.approx((0.02 / 0.04 - 1 + math.log(0.04)) / 2)
+
+
+def test_loss__of_a_perfect_copy_is_finite() -> None:
+    model = build()
+    output = model.training_losses(torch.full((2, 3, 16, 16), 0.5), progress=0.0, generator=generator())
+    assert output.loss.isfinite()
+    loss, variance = _calibrated(torch.tensor(0.0))
+    assert loss.isfinite()
+    assert variance.item() == pytest.approx(2.5e-10)
+
+
+def test_reconstruction__stays_between_black_and_white() -> None:
+    model = build()
+    with torch.no_grad():
+        model.decoder.blocks.output.conv.bias.copy_(torch.tensor([50.0, -50.0, 0.0]))  # type: ignore[union-attr, operator]
+    output = model.training_losses(structured_images(2, seed=0), progress=0.5, generator=generator())
+    picture = output.reconstruction_B3HW
+    assert (picture.min().item(), picture.max().item()) == (0, 1)
+    assert 0 < picture[:, 2].mean().item() < 1
