@@ -146,7 +146,7 @@ async def test_secrets__come_out_nowhere(
     found = await everything.read()
     sources = {**found, "refused": repr(refused), "service log": service_log(caplog)}
     assert (await world.show("good"))["state"] == "succeeded"
-    assert "the store refused" in (await world.show("bad"))["reason"]
+    assert "the store refused" in (await world.show("bad"))["attempts"][0]["message"]
     assert "its last lines: cannot read https://***" in (await world.show("lost"))["reason"]
     assert "shouting" in "".join(text for name, text in found.items() if name.endswith("/logs"))
     assert "submitted" in sources["service log"]
