@@ -197,6 +197,7 @@ class ListContract:
 
     async def test_change__what_is_not_known_is_refused(self, world: World) -> None:
         await world.submit(world.tokenizer())
-        for wanted in ({"state": "succeeded"}, {"priority": 101}, {"labels": {"a": "b\x00"}}):
+        unknown = [{"state": "succeeded"}, {"priority": 101}, {"priority": False}, {"labels": {"a": "b\x00"}}]
+        for wanted in unknown:
             answer = await world.client.patch("/v1/jobs/tok", json=wanted)
             assert (answer.status_code, answer.json()["code"]) == (422, "invalid_request"), wanted

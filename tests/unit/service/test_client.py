@@ -9,7 +9,9 @@ import httpx
 import pytest
 
 from service.client import ApiError, Client, UnreachableError
+from service.client.downloads import Downloader
 from service.client.errors import CorruptDownloadError, RefusedError
+from service.client.http import Transport
 from service.client.sse import Message, messages
 from service.contracts.estimates import Estimate
 from service.contracts.jobs import (
@@ -324,12 +326,13 @@ def test_download__damage_is_found_and_the_old_file_stays(clock: Clock, tmp_path
 
 
 def test_download__no_path_of_the_service_leads_outside(clock: Clock, tmp_path: Path) -> None:
+    downloader = Downloader(Transport("http://127.0.0.1:1"), patience_s=0, on_progress=None)
     for path in ("../evil", "/etc/evil", "a/../../evil"):
-        server = files_server(
-            {path: DATA}, manifest=[FileEntry(path=path, size=len(DATA), sha256=ENTRY.sha256)]
-        )
+        evil = FileEntry.model_construct(path=path, size=len(DATA), sha256=ENTRY.sha256)
+        with pytest.raises(ApiError, match="must be a plain relative path"):
+            client_of(files_server({path: DATA}, manifest=[evil]), clock).download("x", "", tmp_path / "in")
         with pytest.raises(CorruptDownloadError, match="outside"):
-            client_of(server, clock).download("x", "", tmp_path / "in")
+            downloader.fetch([evil], tmp_path / "in", address="/x")
     assert not (tmp_path / "evil").exists()
 
 

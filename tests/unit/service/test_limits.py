@@ -95,7 +95,8 @@ async def test_labels__are_counted(world: World) -> None:
     ids=["unknown_keys", "near_keys", "list", "labels", "long_key", "long_name"],
 )
 async def test_spec__how_much_it_holds_is_bounded(world: World, changes: dict[str, Any]) -> None:
-    problem(await world.client.post("/v1/jobs", json={**world.tokenizer(), **changes}), 422)
+    told = problem(await world.client.post("/v1/jobs", json={**world.tokenizer(), **changes}), 422)
+    assert len(told.errors) == 1, "one sentence, not one for each of what is too much"
     assert (await world.client.get("/v1/jobs")).json()["jobs"] == []
 
 
