@@ -41,7 +41,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "cim_core.objectives.respix": ("test_respix.py",),
         "cim_core.objectives.revdet": ("test_revdet.py",),
         "cim_core.tokenizers.network": ("test_tokenizer_network.py",),
-        "cim_core.tokenizers.dvae": ("test_tokenizer_dvae.py",),
+        "cim_core.tokenizers.dvae": ("test_tokenizer_dvae.py", "test_planted_faults.py"),
     }
 )
 OPERATORS = (

@@ -95,7 +95,7 @@ class DiscreteVAE(nn.Module):
 
     def _paint(self, code_BDhw: Tensor) -> Tensor:
         """Pixels of codes, not yet clamped: a clamp would cut the gradient just where it is needed."""
-        logits_B3HW: Tensor = self.decoder(code_BDhw)
+        logits_B3HW = self.decoder(code_BDhw)[:, :3]
         return unmap_pixels(logits_B3HW.float().sigmoid())
 
 
