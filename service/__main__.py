@@ -132,14 +132,14 @@ def _migrate(given: argparse.Namespace) -> int:
 
     _log_to_stderr()
     try:
-        if given.data_dir is None:
-            upgrade(os.environ["CIM_DATABASE_URL"])
-            return 0
-        folder = DataFolder(path=given.data_dir.expanduser().absolute())
-        with folder.locked():
-            upgrade(folder.database_url)
-    except KeyError:
-        return _failed("give --data-dir, or the database's address in CIM_DATABASE_URL")
+        if given.data_dir is not None:
+            folder = DataFolder.at(given.data_dir)
+            with folder.locked():
+                upgrade(folder.database_url)
+        elif (url := os.environ.get("CIM_DATABASE_URL")) is not None:
+            upgrade(url)
+        else:
+            return _failed("give --data-dir, or the database's address in CIM_DATABASE_URL")
     except FileNotFoundError:
         return _failed(f"there is no data directory {given.data_dir}")
     except (SchemaError, FolderTakenError) as error:
@@ -162,7 +162,7 @@ def _garbage(given: argparse.Namespace) -> int:
         if given.data_dir is None:
             storage = storage_from_environment()
         else:
-            storage = storage_of(DataFolder(path=given.data_dir.expanduser().absolute()))
+            storage = storage_of(DataFolder.at(given.data_dir))
         asyncio.run(collect(storage, deletes=given.delete, as_json=given.json))
     except GarbageError as error:
         return _failed(error, command="garbage")

@@ -22,6 +22,11 @@ class DataFolder:
 
     path: Path  # absolute
 
+    @classmethod
+    def at(cls, path: Path) -> "DataFolder":
+        """The one that a user names, `~` and relative paths included."""
+        return cls(path=path.expanduser().absolute())
+
     def prepare(self) -> None:
         """Make what is missing."""
         self.path.mkdir(parents=True, exist_ok=True)

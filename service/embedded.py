@@ -75,7 +75,7 @@ async def up(options: UpOptions, *, environ: Mapping[str, str], serve: Serve) ->
     stop = asyncio.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    folder = DataFolder(path=options.data_dir.expanduser().absolute())
+    folder = DataFolder.at(options.data_dir)
     folder.prepare()
     with folder.locked():
         embedded = _Embedded(options, folder, environ=environ, stop=stop)

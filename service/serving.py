@@ -17,6 +17,7 @@ from service.api.app import create_app
 from service.db.engine import Sessions, create_engine, create_sessions
 from service.db.leases import release_all
 from service.db.upgrade import check_schema, upgrade
+from service.dispatch.leadership import pause
 from service.dispatch.loop import OpenTracker, dispatch
 from service.settings import Settings
 from service.store.base import ObjectStore
@@ -110,7 +111,7 @@ async def _require_schema(sessions: Sessions, stop: asyncio.Event) -> None:
                 await check_schema(session)
         except SQLAlchemyError as error:
             logger.warning("the database does not answer yet: %s", error)
-            await asyncio.wait([asyncio.ensure_future(stop.wait())], timeout=_DATABASE_PAUSE_S)
+            await pause(stop, timeout_s=_DATABASE_PAUSE_S)
         else:
             return
 

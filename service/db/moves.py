@@ -79,6 +79,14 @@ async def move(
         columns["finished_at"] = now
     if dst is JobState.RUNNING:
         columns["started_at"] = func.coalesce(JobRow.started_at, now)
+    if not await write(session, seen, columns):
+        return False
+    session.add(EventRow(job_id=seen.id, at=now, src=seen.state, dst=dst, actor=actor, message=message))
+    return True
+
+
+async def write(session: AsyncSession, seen: Seen, columns: Mapping[str, Any]) -> bool:
+    """Write columns of a job; False, and nothing, if it has moved since the caller looked."""
     # Guarded by the version, not the state: a retried job is `launching` twice.
     won = await session.scalar(
         update(JobRow)
@@ -87,10 +95,7 @@ async def move(
         .returning(JobRow.id)
         .execution_options(synchronize_session=False)
     )
-    if won is None:
-        return False
-    session.add(EventRow(job_id=seen.id, at=now, src=seen.state, dst=dst, actor=actor, message=message))
-    return True
+    return won is not None
 
 
 def note(session: AsyncSession, job_id: str, *, actor: Actor, message: str, now: datetime) -> None:

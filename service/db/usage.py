@@ -1,26 +1,12 @@
-"""What a job has used up of what its spec allows: failures and time."""
+"""Adds up what a job's attempts have used."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 
 from service.db.tables import AttemptRow, JobRow
+from service.domain.usage import Usage
 
 _HOUR_S = 3600.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """Counted over the attempts since the user's last retry; he forgave those before."""
-
-    num_failures: int
-    runtime_s: float  # from each start to its end, or to now
-    runtime_limit_s: float | None
-
-    @property
-    def over_runtime(self) -> bool:
-        """Whether the time is used up."""
-        return self.runtime_limit_s is not None and self.runtime_s >= self.runtime_limit_s
 
 
 def usage(job: JobRow, attempts: Sequence[AttemptRow], *, now: datetime) -> Usage:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import Update, select, update
+from sqlalchemy import select, update
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _JOBS_A_PASS = 500
 _FILES_A_READ = 100
+# Written with a guard: a job that its user has retried meanwhile is to be recorded on.
+_CLOSED = {"mlflow_closed": True}
 _SAMPLE = re.compile(r"samples/step-(\d+)\.png")
 _OUTCOMES = {
     JobState.SUCCEEDED: Outcome.FINISHED,
@@ -166,13 +168,13 @@ class Forwarder:
         ended_at = job.finished_at or job.updated_at
         await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
         async with self._guarded.begin() as session:
-            await session.execute(_closing(job))
+            await moves.write(session, moves.seen(job), _CLOSED)
 
     async def _give_up(self, job: JobRow, why: str) -> None:
         """The run was deleted, or the like: say so once, and let the job go on without it."""
         logger.warning("job %s is no longer recorded: %s", job.id, why)
         async with self._guarded.begin() as session:
-            await session.execute(_closing(job))
+            await moves.write(session, moves.seen(job), _CLOSED)
             told = f"no longer recorded in MLflow: {why}"
             moves.note(session, job.id, actor="dispatcher", message=told, now=datetime.now(UTC))
 
@@ -190,11 +192,6 @@ class Forwarder:
         if told != self._complained:
             logger.warning("%s", told)
             self._complained = told
-
-
-def _closing(job: JobRow) -> Update:
-    """Note that nothing more is to be recorded, unless the job has moved since: a user may retry it."""
-    return update(JobRow).where(JobRow.id == job.id, JobRow.version == job.version).values(mlflow_closed=True)
 
 
 def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:

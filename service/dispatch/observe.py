@@ -27,7 +27,6 @@ class Observed:
     seen: moves.Seen
     job: JobSeen
     reason: str
-    num_failures: int  # of the attempts that count, so far
     max_attempts: int
 
     @property
@@ -93,7 +92,6 @@ def _observed(
     row: JobRow, attempts: Sequence[AttemptRow], needed: Mapping[str, JobRow], *, now: datetime
 ) -> Observed:
     attempt = attempts[-1] if attempts else None
-    used = usage(row, attempts, now=now)
     job = JobSeen(
         id=row.id,
         state=row.state,
@@ -106,18 +104,11 @@ def _observed(
         retry_at=row.not_before,
         reported_at=attempt.last_report_at if attempt else None,
         advanced_at=attempt.advanced_at if attempt else None,
-        runtime_s=used.runtime_s,
-        runtime_limit_s=used.runtime_limit_s,
+        used=usage(row, attempts, now=now),
         submitted=attempt is not None and attempt.launched_at is not None,
         dependencies=tuple(_dependency(i, needed.get(i)) for i in row.inputs_wait),
     )
-    return Observed(
-        seen=moves.seen(row),
-        job=job,
-        reason=row.reason,
-        num_failures=used.num_failures,
-        max_attempts=row.max_attempts,
-    )
+    return Observed(seen=moves.seen(row), job=job, reason=row.reason, max_attempts=row.max_attempts)
 
 
 def _since(row: JobRow, attempt: AttemptRow | None) -> datetime:

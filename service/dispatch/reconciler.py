@@ -108,9 +108,8 @@ class Reconciler:
         asking = asyncio.Semaphore(_ASKED_AT_ONCE)
 
         async def look(observed: Observed) -> Sight:
-            # One that was paused or retried by its user may still have an earlier attempt that ends.
-            queued_again = observed.job.state is JobState.QUEUED and observed.job.attempt > 0
-            if not queued_again and observed.job.state not in HOLDS_WORKERS | {JobState.RETRYING}:
+            # A queued one may have an earlier attempt that still ends: its user resumed or retried it.
+            if observed.job.attempt == 0 or observed.job.state is JobState.PAUSED:
                 return Sight()
             async with asking:
                 return await self._sight(observed.submission_id)

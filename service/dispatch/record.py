@@ -30,11 +30,7 @@ async def is_current(sessions: GuardedSessions, seen: moves.Seen) -> bool:
 async def reason(sessions: GuardedSessions, seen: moves.Seen, text: str, *, now: datetime) -> None:
     """Let a waiting job say what it waits for. Not an event: it may change every second."""
     async with sessions.begin() as session:
-        await session.execute(
-            update(JobRow)
-            .where(JobRow.id == seen.id, JobRow.version == seen.version)
-            .values(reason=text, updated_at=now)
-        )
+        await moves.write(session, seen, {"reason": text, "updated_at": now})
 
 
 async def change(sessions: GuardedSessions, observed: Observed, decided: Change, *, now: datetime) -> bool:
@@ -94,7 +90,7 @@ async def lost(
     failed = retry.Failed(
         job_id=observed.job.id,
         attempt=observed.job.attempt,
-        num_failures=observed.num_failures + 1,
+        num_failures=observed.job.used.num_failures + 1,
         max_attempts=observed.max_attempts,
     )
     verdict = retry.decide(decided.kind, decided.message, failed, backoff=backoff)

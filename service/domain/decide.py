@@ -4,13 +4,14 @@ Deciding twice from the same observation gives the same answer, and every answer
 twice. So it does not matter where the dispatcher was killed last time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
 
 from service.contracts.jobs import FINAL, Desired, FailureKind
 from service.contracts.jobs import JobState as S
 from service.domain.queueing import Needs
+from service.domain.usage import Usage
 
 
 class ClusterState(StrEnum):
@@ -76,8 +77,7 @@ class JobSeen:
     retry_at: datetime | None = None
     reported_at: datetime | None = None  # the present attempt's last word
     advanced_at: datetime | None = None  # its training's last sign of life
-    runtime_s: float = 0.0  # how long all attempts that count have held workers
-    runtime_limit_s: float | None = None
+    used: Usage = field(default_factory=Usage)
     submitted: bool = False  # the present attempt is known to have reached the cluster
     dependencies: tuple[Dependency, ...] = ()
 
@@ -268,20 +268,12 @@ def _stop(job: JobSeen) -> Change | None:
 
 def _over_limit(job: JobSeen, dst: S) -> Change | None:
     """The move of a job that has used up its time."""
-    if job.runtime_limit_s is None or job.runtime_s < job.runtime_limit_s:
+    told = job.used.over_runtime
+    if not told:
         return None
-    told = over_runtime(job.runtime_limit_s)
     if dst is S.STOPPING:
         return Change(dst=dst, reason=f"{told}; the workers save a checkpoint and stop")
     return Change(dst=dst, reason=told, failure_kind=FailureKind.USER)
-
-
-def over_runtime(limit_s: float) -> str:
-    """What a job says whose time is used up."""
-    return (
-        f"limits.runtime_hours: its {limit_s / 3600:g} h are used up; `cim retry` goes on from the last "
-        "checkpoint with as many again"
-    )
 
 
 def _gone(sight: Sight, limits: Limits) -> Decision:

@@ -53,29 +53,27 @@ def wish(verb: Verb, state: S, desired: Desired) -> Wish | None:
 
 
 def _cancel(state: S, desired: Desired) -> Wish | None:
-    if state in FINAL or desired is Desired.CANCEL:
+    if state in FINAL:
         return None
-    if state is S.STOPPING:
-        # It was to be paused: only the wish changes.
-        return Wish(desired=Desired.CANCEL, message="cancelled by the user while it was stopping")
-    if state in HOLDS_WORKERS:
-        told = "cancelled by the user, waiting for its workers to stop"
-        return Wish(desired=Desired.CANCEL, dst=S.STOPPING, message=told)
-    return Wish(desired=Desired.CANCEL, dst=S.CANCELLED, message="cancelled by the user")
+    return _hold(state, desired, Desired.CANCEL, S.CANCELLED, busy="waiting for its workers to stop")
 
 
 def _pause(state: S, desired: Desired) -> Wish | None:
     if state in FINAL:
         raise IllegalMoveError(f"the job has {_ended(state)}: nothing is left to pause")
-    if desired is Desired.PAUSE:
+    return _hold(state, desired, Desired.PAUSE, S.PAUSED, busy="its workers save a checkpoint and stop")
+
+
+def _hold(state: S, desired: Desired, wanted: Desired, dst: S, *, busy: str) -> Wish | None:
+    """Bring a job to `dst`, by way of its stop where it holds workers."""
+    if desired is wanted:
         return None
-    if state in (S.STOPPING, S.PAUSED):
-        # It was to go on once it has stopped: only the wish changes.
-        return Wish(desired=Desired.PAUSE, message=f"paused by the user while it was {state}")
+    if state in (S.STOPPING, dst):
+        # It was to do something else once it has stopped: only the wish changes.
+        return Wish(desired=wanted, message=f"{dst} by the user while it was {state}")
     if state in HOLDS_WORKERS:
-        told = "paused by the user, its workers save a checkpoint and stop"
-        return Wish(desired=Desired.PAUSE, dst=S.STOPPING, message=told)
-    return Wish(desired=Desired.PAUSE, dst=S.PAUSED, message="paused by the user")
+        return Wish(desired=wanted, dst=S.STOPPING, message=f"{dst} by the user, {busy}")
+    return Wish(desired=wanted, dst=dst, message=f"{dst} by the user")
 
 
 def _resume(state: S, desired: Desired) -> Wish | None:

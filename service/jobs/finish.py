@@ -14,9 +14,9 @@ from service.contracts.work import Failure, Finish
 from service.db import moves, queries
 from service.db.engine import Sessions
 from service.db.tables import AttemptRow, JobRow
-from service.db.usage import Usage, usage
+from service.db.usage import usage
 from service.domain import retry
-from service.domain.decide import over_runtime
+from service.domain.usage import Usage
 from service.errors import BrokenManifestError, ConflictError
 from service.jobs.work import check_files, current, locked, record
 from service.store.base import ObjectStore
@@ -90,8 +90,7 @@ def _stopped(told: Finish, used: Usage, *, pausing: bool) -> End:
     """Somebody here asked for it: the user, or the spec's own limit."""
     if pausing or not used.over_runtime:
         return End(state=JobState.PAUSED, message=f"paused by the user at step {told.step}")
-    assert used.runtime_limit_s is not None
-    message = f"stopped at step {told.step}; {over_runtime(used.runtime_limit_s)}"
+    message = f"stopped at step {told.step}; {used.over_runtime}"
     return End(state=JobState.FAILED, message=message, values={"failure_kind": FailureKind.USER})
 
 

@@ -3,7 +3,6 @@
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db import moves
@@ -14,9 +13,15 @@ from service.jobs.references import find
 
 _TRIES = 5
 # What a job that ended must forget when its user lets it run again.
-_REOPENED = {"finished_at": None, "failure_kind": None, "result": None, "not_before": None}
-# Its MLflow run is looked up and opened again by the forwarder.
-_UNRECORDED = {"mlflow_run_id": None, "mlflow_closed": False}
+_REOPENED = {
+    "finished_at": None,
+    "failure_kind": None,
+    "result": None,
+    "not_before": None,
+    # Its MLflow run is looked up and opened again by the forwarder.
+    "mlflow_run_id": None,
+    "mlflow_closed": False,
+}
 
 
 async def ask(session: AsyncSession, ref: str, verb: Verb, *, now: datetime) -> JobRow:
@@ -43,7 +48,7 @@ async def ask(session: AsyncSession, ref: str, verb: Verb, *, now: datetime) -> 
 async def _write(session: AsyncSession, row: JobRow, wanted: Wish, *, now: datetime) -> bool:
     values: dict[str, Any] = {"desired": wanted.desired, "desired_at": now}
     if wanted.fresh:
-        values |= {**_REOPENED, **_UNRECORDED, "forgiven_attempts": row.attempt}
+        values |= {**_REOPENED, "forgiven_attempts": row.attempt}
     if wanted.now:
         values["not_before"] = None
     if wanted.dst is not None:
@@ -56,14 +61,7 @@ async def _write(session: AsyncSession, row: JobRow, wanted: Wish, *, now: datet
             now=now,
             values=values,
         )
-    told = await session.scalar(
-        update(JobRow)
-        .where(JobRow.id == row.id, JobRow.version == row.version)
-        .values(**values, updated_at=now)
-        .returning(JobRow.id)
-        .execution_options(synchronize_session=False)
-    )
-    if told is None:
+    if not await moves.write(session, moves.seen(row), {**values, "updated_at": now}):
         return False
     moves.note(session, row.id, actor="user", message=wanted.message, now=now)
     return True

@@ -27,6 +27,7 @@ from service.domain.decide import (
     ready,
 )
 from service.domain.queueing import Needs
+from service.domain.usage import Usage
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 LIMITS = Limits(start_deadline_s=100, stall_after_s=60, stop_grace_s=20, lost_grace_s=5)
@@ -34,6 +35,7 @@ RUNS = Sight(job=ClusterJob(state=ClusterState.RUNNING))
 FAILED = Sight(job=ClusterJob(state=ClusterState.FAILED, exit_code=9, message="killed"), gone_for_s=6)
 UNKNOWN = Sight(job=None, gone_for_s=6)
 AWAY = Sight(known=False)
+SPENT = Usage(runtime_s=7200, runtime_limit_s=7200)
 
 
 def ago(seconds: float) -> datetime:
@@ -191,8 +193,7 @@ JOBS = st.builds(
     submitted=st.booleans(),
     attempt=st.integers(0, 2),
     advanced_at=st.none() | st.integers(0, 1000).map(ago),
-    runtime_s=st.integers(0, 100),
-    runtime_limit_s=st.none() | st.integers(1, 100),
+    used=st.builds(Usage, runtime_s=st.integers(0, 100), runtime_limit_s=st.none() | st.integers(1, 100)),
     dependencies=st.lists(st.sampled_from(S).map(needs), max_size=2).map(tuple),
 )
 
@@ -225,12 +226,12 @@ def test_running__a_training_without_a_sign_of_life_is_stalled_although_it_repor
 
 @pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING])
 def test_runtime__a_job_that_used_up_its_time_stops_with_a_checkpoint_and_fails(state: S) -> None:
-    job = seen(state, reported_at=ago(1), runtime_s=7199, runtime_limit_s=7200)
+    job = seen(state, reported_at=ago(1), used=Usage(runtime_s=7199, runtime_limit_s=7200))
     assert not isinstance(decided(job, RUNS), Change)
-    stop = decided(replace(job, runtime_s=7200), RUNS)
+    stop = decided(replace(job, used=SPENT), RUNS)
     assert isinstance(stop, Change)
     assert stop.dst is S.STOPPING
-    end = decided(seen(S.STOPPING, runtime_s=7200, runtime_limit_s=7200), FAILED)
+    end = decided(seen(S.STOPPING, used=SPENT), FAILED)
     assert isinstance(end, Change)
     assert (end.dst, end.failure_kind) == (S.FAILED, FailureKind.USER)
     assert end.reason.startswith("limits.runtime_hours: its 2 h are used up; `cim retry`")
@@ -238,7 +239,7 @@ def test_runtime__a_job_that_used_up_its_time_stops_with_a_checkpoint_and_fails(
 
 @pytest.mark.parametrize("state", [S.QUEUED, S.RETRYING])
 def test_runtime__no_further_attempt_begins_without_time(state: S) -> None:
-    end = decided(seen(state, attempt=1, runtime_s=7200, runtime_limit_s=7200), FAILED)
+    end = decided(seen(state, attempt=1, used=SPENT), FAILED)
     assert isinstance(end, Change)
     assert (end.dst, end.failure_kind) == (S.FAILED, FailureKind.USER)
 
