@@ -204,7 +204,7 @@ def _made(part: Path) -> BinaryIO:
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             return part.open("xb")
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # mkdir says the latter of a folder that has just gone
             continue
     return part.open("xb")
 

@@ -29,6 +29,8 @@ class Echo(BaseHTTPRequestHandler):
         self.seen.append(body)
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
+        if self.close_connection:  # else the client would send its next request into the closing one
+            self.send_header("Connection", "close")
         self.end_headers()
         self.wfile.write(body)
 
