@@ -37,6 +37,7 @@ check: setup
 bench: setup
 	@$(BIN)/python -m benchmarks.step
 	@$(BIN)/python -m benchmarks.submit_to_first_step
+	@$(BIN)/python -m benchmarks.load
 
 clean:
 	rm -rf .venv .cim .cim-demo

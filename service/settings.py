@@ -52,7 +52,7 @@ class Settings(Storage):
 
     worker_python: str = "python"  # interpreter of the workers, inside the cluster
     max_active_jobs: int = Field(default=16, ge=1)  # a Ray job costs the head 75 to 140 MB
-    reconcile_every_s: Seconds = 1.0
+    reconcile_every_s: Seconds = 0.8  # a place that becomes free is given away within a second
     forward_every_s: Seconds = 1.0  # metrics and pictures to MLflow
     garbage_every_s: Seconds = 60.0  # checkpoints beyond the retention take room until the next pass
     lease_s: Seconds = 8.0  # from the death of a dispatcher until another one takes its tasks over

@@ -1,11 +1,11 @@
 """The only code that writes `jobs.state`: a job's first state, and every move after it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from sqlalchemy import func, update
+from sqlalchemy import Table, bindparam, func, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, Desired, JobState
@@ -96,6 +96,18 @@ async def write(session: AsyncSession, seen: Seen, columns: Mapping[str, Any]) -
         .execution_options(synchronize_session=False)
     )
     return won is not None
+
+
+async def write_reasons(session: AsyncSession, told: Sequence[tuple[Seen, str]], *, now: datetime) -> None:
+    """Write why jobs wait; those that have moved since the caller looked keep theirs."""
+    table = cast(Table, JobRow.__table__)
+    statement = (
+        update(table)
+        .where(table.c.id == bindparam("job"), table.c.version == bindparam("seen"))
+        .values(reason=bindparam("told"), updated_at=now)
+    )
+    rows = [{"job": seen.id, "seen": seen.version, "told": text} for seen, text in told]
+    await (await session.connection()).execute(statement, rows)
 
 
 def note(session: AsyncSession, job_id: str, *, actor: Actor, message: str, now: datetime) -> None:

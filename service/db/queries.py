@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, func, or_, select, tuple_
+from sqlalchemy import ColumnElement, Select, Text, and_, func, or_, select, tuple_, type_coerce
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
@@ -54,12 +54,6 @@ async def jobs_by_id(session: AsyncSession, job_ids: Collection[str]) -> dict[st
     return {row.id: row for row in rows}
 
 
-async def jobs_in(session: AsyncSession, states: Collection[JobState]) -> Sequence[JobRow]:
-    """All jobs in these states, oldest first."""
-    query = select(JobRow).where(JobRow.state.in_(states)).order_by(JobRow.created_at, JobRow.id)
-    return (await session.scalars(query)).all()
-
-
 async def jobs_starting_with(session: AsyncSession, prefix: str, *, limit: int) -> Sequence[JobRow]:
     """Jobs whose id starts with `prefix`, newest first."""
     if len(prefix) > JOB_ID_LENGTH:
@@ -77,7 +71,7 @@ async def page(
     session: AsyncSession, wanted: JobFilter, *, limit: int, before: tuple[datetime, str] | None
 ) -> Sequence[JobRow]:
     """At most `limit` jobs, newest first, older than the job at `before` (its creation, its id)."""
-    query = _filtered(wanted)
+    query = _filtered(wanted, dialect=session.get_bind().dialect.name)
     if before is not None:
         query = query.where(tuple_(JobRow.created_at, JobRow.id) < before)
     return (await session.scalars(_newest(query).limit(limit))).all()
@@ -203,10 +197,11 @@ def _newest(query: Select[JobRow]) -> Select[JobRow]:
 
 
 def _starting_with(prefix: str) -> Select[JobRow]:
-    return select(JobRow).where(JobRow.id.startswith(prefix, autoescape=True))
+    # Ids are hexadecimal: whatever begins with the prefix lies before its "g", and the primary key finds it.
+    return select(JobRow).where(JobRow.id >= prefix, JobRow.id < f"{prefix}g")
 
 
-def _filtered(wanted: JobFilter) -> Select[JobRow]:
+def _filtered(wanted: JobFilter, *, dialect: str) -> Select[JobRow]:
     query = select(JobRow)
     if wanted.states:
         query = query.where(JobRow.state.in_(wanted.states))
@@ -214,9 +209,23 @@ def _filtered(wanted: JobFilter) -> Select[JobRow]:
         query = query.where(JobRow.kind.in_(wanted.kinds))
     if wanted.name is not None:
         query = query.where(JobRow.name == wanted.name)
-    for key, value in (wanted.labels or {}).items():
-        query = query.where(JobRow.labels[key].as_string() == value)
+    if wanted.labels:
+        query = query.where(_has_labels(wanted.labels, dialect=dialect))
     if wanted.text:
-        found = (JobRow.name, JobRow.id)
-        query = query.where(or_(*(column.icontains(wanted.text, autoescape=True) for column in found)))
+        query = query.where(_holds(wanted.text, dialect=dialect))
     return query
+
+
+def _has_labels(labels: Mapping[str, str], *, dialect: str) -> ColumnElement[bool]:
+    if dialect == "postgresql":  # served by ix_jobs_labels
+        return type_coerce(JobRow.labels, postgresql.JSONB).contains(dict(labels))
+    return and_(*(JobRow.labels[key].as_string() == value for key, value in labels.items()))
+
+
+def _holds(part: str, *, dialect: str) -> ColumnElement[bool]:
+    held = or_(*(column.icontains(part, autoescape=True) for column in (JobRow.name, JobRow.id)))
+    if dialect != "postgresql":
+        return held
+    # Served by ix_jobs_words; what has all three-letter parts of `part` need not hold it as a whole.
+    words = func.cim_trigrams(JobRow.name + " " + JobRow.id, type_=postgresql.ARRAY(Text))
+    return and_(words.contains(func.cim_trigrams(part, type_=postgresql.ARRAY(Text))), held)

@@ -1,4 +1,7 @@
-"""Every table. `jobs.state` is written by `service.db.moves` alone."""
+"""Every table. `jobs.state` is written by `service.db.moves` alone.
+
+PostgreSQL has two more indexes, for labels and for parts of names: see migration 0006.
+"""
 
 from datetime import datetime
 from typing import Any, ClassVar
@@ -41,6 +44,10 @@ def _of_job() -> ForeignKey:
 
 
 _UNCLEAN = text("attempt > clean_attempt")
+_NOT_GONE = text("ray_ended_at IS NULL")
+# As each database spells `mlflow_closed.is_(False)`: a partial index serves only that condition.
+_UNRECORDED = text("attempt > 0 AND mlflow_closed IS false")
+_UNRECORDED_SQLITE = text("attempt > 0 AND mlflow_closed IS 0")
 
 
 class JobRow(Base):
@@ -51,6 +58,8 @@ class JobRow(Base):
         Index(None, "created_at", "id"),
         Index(None, "name", "created_at"),
         Index(None, "state", "created_at"),
+        Index(None, "kind", "created_at"),
+        Index(None, "updated_at", postgresql_where=_UNRECORDED, sqlite_where=_UNRECORDED_SQLITE),
         Index(None, "id", sqlite_where=_UNCLEAN, postgresql_where=_UNCLEAN),
     )
 
@@ -92,6 +101,7 @@ class AttemptRow(Base):
     """One start of a job. The row exists before Ray hears of it."""
 
     __tablename__ = "attempts"
+    __table_args__ = (Index(None, "started_at", sqlite_where=_NOT_GONE, postgresql_where=_NOT_GONE),)
 
     job_id: Mapped[str] = mapped_column(JobId, _of_job(), primary_key=True)
     number: Mapped[int] = mapped_column(primary_key=True)

@@ -1,18 +1,23 @@
 """Adds up what a job's attempts have used."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from typing import Any
 
-from service.db.tables import AttemptRow, JobRow
 from service.domain.usage import Usage
 
 _HOUR_S = 3600.0
 
 
-def usage(job: JobRow, attempts: Sequence[AttemptRow], *, now: datetime) -> Usage:
-    """Add up `attempts`, which are all of the job's."""
-    counted = [attempt for attempt in attempts if attempt.number > job.forgiven_attempts]
-    hours = (job.resolved.get("limits") or {}).get("runtime_hours")
+def usage(
+    attempts: Iterable[Any], *, forgiven: int, limits: Mapping[str, Any] | None, now: datetime
+) -> Usage:
+    """Add up `attempts`: all of a job's, whole rows or the columns that are read here.
+
+    `forgiven` is the number of the last one that does not count, `limits` that part of the job's spec.
+    """
+    counted = [attempt for attempt in attempts if attempt.number > forgiven]
+    hours = (limits or {}).get("runtime_hours")
     return Usage(
         num_failures=sum(attempt.failure_kind is not None for attempt in counted),
         runtime_s=sum(

@@ -1,14 +1,15 @@
 """The dispatcher's reads: rows in, plain facts out. Short transactions, nothing is written."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import or_, select
+from sqlalchemy import Row, Select, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, JobState
-from service.db import moves, queries
+from service.db import moves
 from service.db.engine import Sessions, only_reads
 from service.db.tables import AttemptRow, JobRow
 from service.db.usage import usage
@@ -16,8 +17,46 @@ from service.domain.decide import Dependency, JobSeen
 from service.domain.names import submission_id
 from service.domain.queueing import Needs
 
-_OPEN = frozenset(JobState) - FINAL
 _LEFTOVERS_A_PASS = 50
+_ROWS_A_TURN = 1000
+_OPEN = JobRow.state.in_(frozenset(JobState) - FINAL)
+# Not whole rows: a pass over ten thousand jobs shall not read ten thousand specs.
+_JOBS = (
+    select(
+        JobRow.id,
+        JobRow.state,
+        JobRow.version,
+        JobRow.desired,
+        JobRow.desired_at,
+        JobRow.reason,
+        JobRow.priority,
+        JobRow.inputs_wait,
+        JobRow.attempt,
+        JobRow.max_attempts,
+        JobRow.forgiven_attempts,
+        JobRow.not_before,
+        JobRow.created_at,
+        JobRow.resolved["resources"].label("resources"),
+        JobRow.resolved["limits"].label("limits"),
+    )
+    .where(_OPEN)
+    .order_by(JobRow.created_at, JobRow.id)
+)
+_ATTEMPTS = (
+    select(
+        AttemptRow.job_id,
+        AttemptRow.number,
+        AttemptRow.started_at,
+        AttemptRow.launched_at,
+        AttemptRow.last_report_at,
+        AttemptRow.advanced_at,
+        AttemptRow.ended_at,
+        AttemptRow.failure_kind,
+    )
+    .join(JobRow, JobRow.id == AttemptRow.job_id)
+    .where(_OPEN)
+    .order_by(AttemptRow.job_id, AttemptRow.number)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,12 +85,12 @@ class Leftover:
 
 
 async def open_jobs(sessions: Sessions, *, now: datetime) -> list[Observed]:
-    """Every job that is not final, with its attempts and the jobs it needs."""
+    """Every job that is not final, with its attempts and the jobs it needs, oldest first."""
     async with sessions.begin() as session:
         await only_reads(session)
-        rows = await queries.jobs_in(session, _OPEN)
-        attempts = await _attempts(session, rows)
-        needed = await queries.jobs_by_id(session, {i for row in rows for i in row.inputs_wait})
+        rows = [row async for part in _in_parts(session, _JOBS) for row in part]
+        attempts = await _attempts(session)
+        needed = await _dependencies(session, sorted({i for row in rows for i in row.inputs_wait}))
     return [_observed(row, attempts.get(row.id, []), needed, now=now) for row in rows]
 
 
@@ -79,17 +118,34 @@ async def leftovers(sessions: Sessions) -> list[Leftover]:
     ]
 
 
-async def _attempts(session: AsyncSession, rows: Sequence[JobRow]) -> dict[str, list[AttemptRow]]:
-    """The attempts of each job that has any, in order."""
-    started = [row.id for row in rows if row.attempt > 0]
-    of: dict[str, list[AttemptRow]] = {}
-    for attempt in await queries.attempts(session, started) if started else []:
-        of.setdefault(attempt.job_id, []).append(attempt)
+async def _in_parts(
+    session: AsyncSession, query: Select[*tuple[Any, ...]]
+) -> AsyncIterator[Sequence[Row[Any]]]:
+    """The rows in portions: between two of them others in this process get their turn."""
+    rows = await session.stream(query, execution_options={"yield_per": _ROWS_A_TURN})
+    async for part in rows.partitions():
+        yield part
+
+
+async def _attempts(session: AsyncSession) -> dict[str, list[Row[Any]]]:
+    of: dict[str, list[Row[Any]]] = {}
+    async for part in _in_parts(session, _ATTEMPTS):
+        for attempt in part:
+            of.setdefault(attempt.job_id, []).append(attempt)
     return of
 
 
+async def _dependencies(session: AsyncSession, ids: Sequence[str]) -> dict[str, Row[Any]]:
+    found: dict[str, Row[Any]] = {}
+    for first in range(0, len(ids), _ROWS_A_TURN):
+        some = ids[first : first + _ROWS_A_TURN]  # a statement cannot name any number of them
+        query = select(JobRow.id, JobRow.name, JobRow.state, JobRow.reason).where(JobRow.id.in_(some))
+        found |= {row.id: row for row in await session.execute(query)}
+    return found
+
+
 def _observed(
-    row: JobRow, attempts: Sequence[AttemptRow], needed: Mapping[str, JobRow], *, now: datetime
+    row: Row[Any], attempts: Sequence[Row[Any]], needed: Mapping[str, Row[Any]], *, now: datetime
 ) -> Observed:
     attempt = attempts[-1] if attempts else None
     job = JobSeen(
@@ -97,36 +153,37 @@ def _observed(
         state=row.state,
         desired=row.desired,
         attempt=row.attempt,
-        needs=needs_of(row),
+        needs=needs_of(row.resources),
         priority=row.priority,
         created_at=row.created_at,
         since=_since(row, attempt),
         retry_at=row.not_before,
         reported_at=attempt.last_report_at if attempt else None,
         advanced_at=attempt.advanced_at if attempt else None,
-        used=usage(row, attempts, now=now),
+        used=usage(attempts, forgiven=row.forgiven_attempts, limits=row.limits, now=now),
         submitted=attempt is not None and attempt.launched_at is not None,
         dependencies=tuple(_dependency(i, needed.get(i)) for i in row.inputs_wait),
     )
-    return Observed(seen=moves.seen(row), job=job, reason=row.reason, max_attempts=row.max_attempts)
+    seen = moves.Seen(row.id, row.state, row.version)
+    return Observed(seen=seen, job=job, reason=row.reason, max_attempts=row.max_attempts)
 
 
-def _since(row: JobRow, attempt: AttemptRow | None) -> datetime:
+def _since(row: Row[Any], attempt: Row[Any] | None) -> datetime:
     """When the clock of the job's state began to run."""
-    if attempt is None or row.state is JobState.STOPPING:
-        return row.desired_at
-    return attempt.last_report_at or attempt.started_at
+    moment: datetime = row.desired_at
+    if attempt is not None and row.state is not JobState.STOPPING:
+        moment = attempt.last_report_at or attempt.started_at
+    return moment
 
 
-def _dependency(job_id: str, row: JobRow | None) -> Dependency:
+def _dependency(job_id: str, row: Row[Any] | None) -> Dependency:
     if row is None:
         return Dependency(job_id=job_id, name="deleted", state=JobState.FAILED, reason="it no longer exists")
     return Dependency(job_id=row.id, name=row.name, state=row.state, reason=row.reason)
 
 
-def needs_of(row: JobRow) -> Needs:
+def needs_of(resources: Mapping[str, Any]) -> Needs:
     """CPUs and GPUs of all workers of a job."""
-    resources = row.resolved["resources"]
     workers = resources["workers"]
     return Needs(
         cpus=workers * resources["cpus_per_worker"],

@@ -10,7 +10,7 @@ over at its first write, and what it asks of the cluster follows a write: see do
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import assert_never
@@ -18,14 +18,15 @@ from typing import assert_never
 from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import claim_code
+from service.db import moves
 from service.db.engine import Sessions
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.dispatch import observe, record
 from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
 from service.dispatch.observe import Leftover, Observed
 from service.domain.decide import (
+    Action,
     Change,
-    Decision,
     ForceStop,
     Keep,
     Launch,
@@ -94,29 +95,32 @@ class Reconciler:
         admissions = await self._admissions(
             [o for o in jobs if ready(o.job, sights[o.job.id], now=now)], jobs
         )
+        reasons: list[tuple[moves.Seen, str]] = []
         for observed in jobs:
             job = observed.job
             admission = admissions.get(job.id)
             limits = self._rules.limits
             decided = decide(job, sights[job.id], admission=admission, now=now, limits=limits)
-            await self._carry_out(observed, decided)
+            if not isinstance(decided, Keep):
+                await self._carry_out(observed, decided)
+            elif decided.reason not in (None, observed.reason):
+                reasons.append((observed.seen, decided.reason))
+        await record.reasons(self._guarded, reasons, now=now)
         for leftover in await observe.leftovers(self._sessions):
             await self._clear_away(leftover)
 
-    async def _look(self, jobs: Iterable[Observed]) -> dict[str, Sight]:
+    async def _look(self, jobs: Sequence[Observed]) -> dict[str, Sight]:
         """What the cluster says about the latest attempt of each job."""
-        asking = asyncio.Semaphore(_ASKED_AT_ONCE)
+        sights = {observed.job.id: Sight() for observed in jobs}
+        # A queued one may have an earlier attempt that still ends: its user resumed or retried it.
+        shown = (o for o in jobs if o.job.attempt > 0 and o.job.state is not JobState.PAUSED)
 
-        async def look(observed: Observed) -> Sight:
-            # A queued one may have an earlier attempt that still ends: its user resumed or retried it.
-            if observed.job.attempt == 0 or observed.job.state is JobState.PAUSED:
-                return Sight()
-            async with asking:
-                return await self._sight(observed.submission_id)
+        async def look() -> None:
+            for observed in shown:  # each takes the next one
+                sights[observed.job.id] = await self._sight(observed.submission_id)
 
-        jobs = list(jobs)
-        sights = await asyncio.gather(*(look(observed) for observed in jobs))
-        return {observed.job.id: sight for observed, sight in zip(jobs, sights, strict=True)}
+        await asyncio.gather(*(look() for _ in range(_ASKED_AT_ONCE)))
+        return sights
 
     async def _sight(self, submission: str) -> Sight:
         try:
@@ -151,7 +155,7 @@ class Reconciler:
         )
         return admit((_candidate(observed) for observed in waiting), load)
 
-    async def _carry_out(self, observed: Observed, decided: Decision) -> None:
+    async def _carry_out(self, observed: Observed, decided: Action) -> None:
         """Act on one decision. One job's trouble is not another's."""
         try:
             await self._act(observed, decided)
@@ -162,12 +166,9 @@ class Reconciler:
         except Exception:
             logger.exception("job %s: %s could not be carried out", observed.job.id, decided)
 
-    async def _act(self, observed: Observed, decided: Decision) -> None:
+    async def _act(self, observed: Observed, decided: Action) -> None:
         job, now = observed.job, self._clock()
         match decided:
-            case Keep(reason=reason):
-                if reason is not None and reason != observed.reason:
-                    await record.reason(self._guarded, observed.seen, reason, now=now)
             case Change():
                 await self._change(observed, decided)
             case Launch():

@@ -3,7 +3,7 @@
 Any of them may raise LeaseLostError; nothing is written then.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -19,6 +19,8 @@ from service.domain import retry
 from service.domain.decide import Change, Lost
 from service.domain.names import submission_id
 
+_REASONS_AT_ONCE = 1000
+
 
 async def is_current(sessions: GuardedSessions, seen: moves.Seen) -> bool:
     """Whether the job has not moved since; asked before the cluster is told something about it."""
@@ -27,10 +29,13 @@ async def is_current(sessions: GuardedSessions, seen: moves.Seen) -> bool:
         return version == seen.version
 
 
-async def reason(sessions: GuardedSessions, seen: moves.Seen, text: str, *, now: datetime) -> None:
-    """Let a waiting job say what it waits for. Not an event: it may change every second."""
-    async with sessions.begin() as session:
-        await moves.write(session, seen, {"reason": text, "updated_at": now})
+async def reasons(
+    sessions: GuardedSessions, told: Sequence[tuple[moves.Seen, str]], *, now: datetime
+) -> None:
+    """Let waiting jobs say what they wait for. No events: it may change with every pass."""
+    for first in range(0, len(told), _REASONS_AT_ONCE):
+        async with sessions.begin() as session:
+            await moves.write_reasons(session, told[first : first + _REASONS_AT_ONCE], now=now)
 
 
 async def change(sessions: GuardedSessions, observed: Observed, decided: Change, *, now: datetime) -> bool:

@@ -136,7 +136,8 @@ class Lost:
     message: str
 
 
-Decision = Keep | Change | Launch | Submit | NoteSubmitted | ForceStop | Lost
+Action = Change | Launch | Submit | NoteSubmitted | ForceStop | Lost
+Decision = Keep | Action
 
 
 def ready(job: JobSeen, sight: Sight, *, now: datetime) -> bool:

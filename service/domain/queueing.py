@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
 
+# Names no job: with every start the whole line would have to be told of another one.
+BEHIND = "waiting for its turn: jobs of a higher priority, then older ones, come first"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Needs:
@@ -44,20 +47,20 @@ class Load:
 def admit(candidates: Iterable[Candidate], load: Load) -> dict[str, str | None]:
     """Map each job to None where it may start now, else to the sentence that says why it waits."""
     verdicts: dict[str, str | None] = {}
-    in_use, num_active, blocked_by = load.in_use, load.num_active, ""
+    in_use, num_active, blocked = load.in_use, load.num_active, False
     for job in sorted(candidates, key=lambda c: (-c.priority, c.created_at, c.job_id)):
         if lacking := _lacking(job.needs, load.capacity, Needs()):
             verdicts[job.job_id] = f"waiting: the cluster is too small, {lacking}"
-        elif blocked_by:
-            verdicts[job.job_id] = f"waiting behind job {blocked_by}"
+        elif blocked:
+            verdicts[job.job_id] = BEHIND
         elif num_active >= load.max_active:
             verdicts[job.job_id] = (
                 f"waiting: {num_active} jobs are active, the most allowed (CIM_MAX_ACTIVE_JOBS)"
             )
-            blocked_by = job.job_id
+            blocked = True
         elif lacking := _lacking(job.needs, load.capacity, in_use):
             verdicts[job.job_id] = f"waiting for resources: {lacking}"
-            blocked_by = job.job_id
+            blocked = True
         else:
             verdicts[job.job_id] = None
             in_use, num_active = in_use + job.needs, num_active + 1

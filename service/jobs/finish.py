@@ -153,7 +153,12 @@ async def _end(
     backoff: retry.Backoff,
     now: datetime,
 ) -> None:
-    used = usage(job, await queries.attempts(session, [job.id]), now=now)
+    used = usage(
+        await queries.attempts(session, [job.id]),
+        forgiven=job.forgiven_attempts,
+        limits=job.resolved.get("limits"),
+        now=now,
+    )
     end = end_of(job, told, used, backoff=backoff, now=now)
     attempt.ended_at, attempt.last_report_at = now, now
     attempt.outcome, attempt.last_step = told.outcome, told.step

@@ -12,8 +12,9 @@ from service.db.tables import AttemptRow, EventRow, FileRow, JobRow, MetricRow
 async def to_views(session: AsyncSession, rows: Sequence[JobRow], *, mlflow_url: str | None) -> list[JobView]:
     """Jobs with their attempts. `mlflow_url` is MLflow's address as a browser reaches it."""
     attempts: dict[str, list[AttemptRow]] = {row.id: [] for row in rows}
-    for attempt in await queries.attempts(session, list(attempts)):
-        attempts[attempt.job_id].append(attempt)
+    if started := [row.id for row in rows if row.attempt > 0]:
+        for attempt in await queries.attempts(session, started):
+            attempts[attempt.job_id].append(attempt)
     return [_view(row, attempts[row.id], mlflow_url=mlflow_url) for row in rows]
 
 

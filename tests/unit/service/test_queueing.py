@@ -3,7 +3,7 @@ from datetime import UTC, datetime, timedelta
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.domain.queueing import Candidate, Load, Needs, admit
+from service.domain.queueing import BEHIND, Candidate, Load, Needs, admit
 
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -36,7 +36,7 @@ def test_admit__says_how_much_is_missing() -> None:
 def test_admit__a_job_that_waits_for_room_holds_back_smaller_ones_behind_it() -> None:
     verdicts = admit([waits("large", age_s=9, cpus=4), waits("small", cpus=1)], load(cpus=4, used=1))
     assert admitted(verdicts) == set()
-    assert verdicts["small"] == "waiting behind job large"
+    assert verdicts["small"] == BEHIND
 
 
 def test_admit__a_job_that_can_never_fit_holds_back_nobody() -> None:
