@@ -50,7 +50,8 @@ class Server:
     def version(self) -> str:
         """PostgreSQL's version."""
         with psycopg.connect(self.uri) as connection:
-            return connection.execute("SHOW server_version").fetchone()[0]  # type: ignore[index]
+            (found,) = connection.execute("SHOW server_version").fetchone() or ("",)
+            return str(found)
 
 
 def for_sqlalchemy(uri: str) -> str:

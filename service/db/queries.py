@@ -58,7 +58,7 @@ async def jobs_starting_with(session: AsyncSession, prefix: str, *, limit: int) 
     """Jobs whose id starts with `prefix`, newest first."""
     if len(prefix) > JOB_ID_LENGTH:
         return []
-    return (await session.scalars(_newest(_starting_with(prefix)).limit(limit))).all()
+    return (await session.scalars(starting_with(prefix).limit(limit))).all()
 
 
 async def latest_named(session: AsyncSession, name: str) -> JobRow | None:
@@ -71,10 +71,10 @@ async def page(
     session: AsyncSession, wanted: JobFilter, *, limit: int, before: tuple[datetime, str] | None
 ) -> Sequence[JobRow]:
     """At most `limit` jobs, newest first, older than the job at `before` (its creation, its id)."""
-    query = _filtered(wanted, dialect=session.get_bind().dialect.name)
+    query = newest(wanted, dialect=session.get_bind().dialect.name)
     if before is not None:
         query = query.where(tuple_(JobRow.created_at, JobRow.id) < before)
-    return (await session.scalars(_newest(query).limit(limit))).all()
+    return (await session.scalars(query.limit(limit))).all()
 
 
 async def attempt(
@@ -196,13 +196,15 @@ def _newest(query: Select[JobRow]) -> Select[JobRow]:
     return query.order_by(JobRow.created_at.desc(), JobRow.id.desc())
 
 
-def _starting_with(prefix: str) -> Select[JobRow]:
+def starting_with(prefix: str) -> Select[JobRow]:
+    """Jobs whose id starts with these hexadecimal digits, newest first."""
     # Ids are hexadecimal: whatever begins with the prefix lies before its "g", and the primary key finds it.
-    return select(JobRow).where(JobRow.id >= prefix, JobRow.id < f"{prefix}g")
+    return _newest(select(JobRow).where(JobRow.id >= prefix, JobRow.id < f"{prefix}g"))
 
 
-def _filtered(wanted: JobFilter, *, dialect: str) -> Select[JobRow]:
-    query = select(JobRow)
+def newest(wanted: JobFilter, *, dialect: str) -> Select[JobRow]:
+    """The jobs that a list shows, newest first."""
+    query = _newest(select(JobRow))
     if wanted.states:
         query = query.where(JobRow.state.in_(wanted.states))
     if wanted.kinds:

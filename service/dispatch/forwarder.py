@@ -37,6 +37,12 @@ logger = logging.getLogger(__name__)
 
 _JOBS_A_PASS = 500
 _FILES_A_READ = 100
+UNFINISHED = (
+    select(JobRow)
+    .where(JobRow.attempt > 0, JobRow.mlflow_closed.is_(False))
+    .order_by(JobRow.updated_at.desc())
+    .limit(_JOBS_A_PASS)
+)
 # Written with a guard: a job that its user has retried meanwhile is to be recorded on.
 _CLOSED = {"mlflow_closed": True}
 _SAMPLE = re.compile(r"samples/step-(\d+)\.png")
@@ -92,15 +98,9 @@ class Forwarder:
                 self._complained = ""
 
     async def _unfinished(self) -> list[JobRow]:
-        query = (
-            select(JobRow)
-            .where(JobRow.attempt > 0, JobRow.mlflow_closed.is_(False))
-            .order_by(JobRow.updated_at.desc())
-            .limit(_JOBS_A_PASS)
-        )
         async with self._sessions.begin() as session:
             await only_reads(session)
-            return list(await session.scalars(query))
+            return list(await session.scalars(UNFINISHED))
 
     async def _forward(self, job: JobRow) -> None:
         """`job` was read before its points and files: if it was final then, they are complete."""

