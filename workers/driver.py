@@ -89,6 +89,7 @@ def _attempt(settings: WorkerSettings, assignment: Assignment, service: WorkClie
     with _desk(attempt, service) as desk:
         finish = _finish_of(desk)
     if finish is not None and _is_last(finish):
+        _send_left_lines(attempt, desk.store, patient=True)
         discard(attempt.cache)
     return finish
 
