@@ -35,9 +35,9 @@ def written(history: History) -> dict[Stream, list[str]]:
 def num_waiting(history: History) -> int:
     """The lines that no worker came to send: their jobs ended with the worker that wrote them."""
     return sum(
-        len(set(lines) - set(history.jobs[job].lines.get(f"{attempt}/{SOURCE}", ())))
-        for (job, attempt), lines in written(history).items()
-        if job in history.jobs
+        len(set(lines) - set(job.lines.get(stream, ())))
+        for job in history.jobs.values()
+        for stream, lines in job.waiting.items()
     )
 
 

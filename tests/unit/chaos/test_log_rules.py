@@ -61,3 +61,7 @@ def test_logs__what_is_wrong_is_told(rule: Rule, broken: History, detail: str) -
 
 def test_waiting__lines_that_are_served_do_not_wait() -> None:
     assert [num_waiting(good) for good in GOOD] == [0, 0, 0, 0, 2, 3]
+
+
+def test_waiting__lines_that_are_nowhere_do_not_wait_either() -> None:
+    assert num_waiting(history("", waiting="b")) == 1
