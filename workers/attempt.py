@@ -13,6 +13,7 @@ from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerS
 from service.contracts.work import Assignment
 from workers.cache import Cache
 from workers.settings import WorkerSettings
+from workers.spool import LOGS
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
 _SPECS: TypeAdapter[AnySpec] = TypeAdapter(Spec)
@@ -44,7 +45,7 @@ class Attempt:
     @property
     def spool(self) -> Path:
         """Log lines of this attempt on this node; its siblings are those of earlier attempts."""
-        return self.cache / "logs" / f"attempt-{self.assignment.attempt}"
+        return self.cache / LOGS / f"attempt-{self.assignment.attempt}"
 
     @property
     def image_sets(self) -> dict[str, str]:

@@ -17,6 +17,7 @@ from service.contracts.work import StoreAddress
 from service.store.base import Entry, ObjectStore, below
 from service.store.open import open_store
 from workers.allowed import check_address, check_places
+from workers.spool import LOGS
 from workers.storage import open_address, patiently
 
 OnFile = Callable[[int, int], None]  # (files here, files in all)
@@ -35,8 +36,16 @@ def locked(target: Path) -> Iterator[None]:
 
 
 def discard(folder: Path) -> None:
-    """Delete the downloads of a job on this node; a retry would want them, a job that is over not."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Delete the downloads of a job on this node; a retry would want them, a job that is over not.
+
+    Log lines that wait for the store stay, for whoever works for the job here next.
+    """
+    if not any((folder / LOGS).glob("*/*.jsonl")):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir():
+        if path.name != LOGS:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True, kw_only=True)

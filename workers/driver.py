@@ -19,16 +19,14 @@ from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, Progress
 from service.contracts.specs import PretrainSpec
 from service.contracts.work import Assignment, Finish
-from service.store.base import StoreError
 from workers.attempt import Attempt, Outcome, Work
 from workers.cache import discard
 from workers.data import prepare
 from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, is_stale, last_step
-from workers.logs import LogShipper, attach, detach
+from workers.logs import LogShipper, attach, detach, send_left_lines
 from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
 from workers.settings import UsageError, WorkerSettings, apply_train_environment, secrets_of
-from workers.spool import recover
 from workers.storage import JobStore, ray_storage
 from workers.train_loop import train_loop
 
@@ -91,6 +89,7 @@ def _attempt(settings: WorkerSettings, assignment: Assignment, service: WorkClie
     with _desk(attempt, service) as desk:
         finish = _finish_of(desk)
     if finish is not None and _is_last(finish):
+        _send_left_lines(attempt, desk.store, patient=True)
         discard(attempt.cache)
     return finish
 
@@ -127,14 +126,8 @@ def _desk(attempt: Attempt, service: WorkClient) -> Iterator[Desk]:
             _send_left_lines(attempt, store)
 
 
-def _send_left_lines(attempt: Attempt, store: JobStore) -> None:
-    try:
-        num_sent = recover(attempt.spool.parent, store.store, store.logs_prefix)
-    except StoreError as error:
-        log.warning("log lines of killed processes wait on this node: %s", error)
-    else:
-        if num_sent:
-            log.info("sent %d pieces of log that killed processes of this job had left here", num_sent)
+def _send_left_lines(attempt: Attempt, store: JobStore, *, patient: bool = False) -> bool:
+    return send_left_lines(attempt.spool.parent, store.store, store.logs_prefix, patient=patient)
 
 
 def _finish_of(desk: Desk) -> Finish | None:

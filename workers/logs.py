@@ -11,11 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 from service.contracts.addresses import redacted
 from service.contracts.jobs import LogLine
-from workers.spool import PutBytes, Spool, send
+from service.store.base import StoreError
+from workers.spool import PutBytes, Spool, recover, send
+from workers.storage import patiently
+
+log = logging.getLogger(__name__)
 
 OUR_LOGGERS = ("workers", "cim_core", "service")
 MAX_LINE_CHARS = 16_000
@@ -152,6 +157,22 @@ class LogShipper(logging.Handler):
             message=message,
         )
         return line.model_dump_json() + "\n"
+
+
+def send_left_lines(spools: Path, store: PutBytes, prefix: str, *, patient: bool = False) -> bool:
+    """Send what dead processes of a job left below `spools` (see `recover`); False where it has to wait.
+
+    `patient` is for the last one who may do it: it waits for a store that is away as for any other file.
+    """
+    send_all = partial(recover, spools, store, prefix)
+    try:
+        num_sent = patiently(send_all, what="sending log lines") if patient else send_all()
+    except StoreError as error:
+        log.warning("log lines of killed processes wait on this node: %s", error)
+        return False
+    if num_sent:
+        log.info("sent %d pieces of log that killed processes of this job had left here", num_sent)
+    return True
 
 
 def blotted(text: str, secrets: Iterable[str]) -> str:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Protocol
 
+LOGS = "logs"  # the folder of a job's spools, beside its downloads
+
 
 class PutBytes(Protocol):
     """The part of an object store that log lines need."""

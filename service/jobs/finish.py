@@ -66,9 +66,8 @@ def end_of(job: JobRow, told: Finish, used: Usage, *, backoff: retry.Backoff, no
         return _succeeded(told)
     if job.desired is Desired.CANCEL:
         return End(state=JobState.CANCELLED, message=f"cancelled by the user at step {told.step}")
-    pausing = job.desired is Desired.PAUSE
     if told.outcome == "stopped" and job.state is JobState.STOPPING:
-        return _stopped(told, used, pausing=pausing)
+        return _stopped(told, used, pausing=job.desired is Desired.PAUSE)
     failure = failure_of(told)
     failed = retry.Failed(
         job_id=job.id,
@@ -80,7 +79,8 @@ def end_of(job: JobRow, told: Finish, used: Usage, *, backoff: retry.Backoff, no
     values: dict[str, Any] = {"failure_kind": failure.kind}
     if not verdict.retry:
         return End(state=JobState.FAILED, message=verdict.reason, values=values)
-    if pausing:
+    if job.state is JobState.STOPPING:
+        # What its user wants by now, the next pass of the dispatcher looks up.
         return End(state=JobState.PAUSED, message=f"paused after: {failure.message}", values=values)
     values["not_before"] = now + timedelta(seconds=verdict.delay_s)
     return End(state=JobState.RETRYING, message=verdict.reason, values=values)

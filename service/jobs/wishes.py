@@ -61,7 +61,9 @@ async def _write(session: AsyncSession, row: JobRow, wanted: Wish, *, now: datet
             now=now,
             values=values,
         )
-    if not await moves.write(session, moves.seen(row), {**values, "updated_at": now}):
+    # Another version, though no move: of two wishes at one moment the second has to look again.
+    values |= {"version": row.version + 1, "updated_at": now}
+    if not await moves.write(session, moves.seen(row), values):
         return False
     moves.note(session, row.id, actor="user", message=wanted.message, now=now)
     return True

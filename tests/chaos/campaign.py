@@ -23,6 +23,7 @@ from tests.chaos.faults import CATALOGUE, Fault
 from tests.chaos.history import History
 from tests.chaos.invariants import Violation, check
 from tests.chaos.load import Users, all_final, plan
+from tests.chaos.log_rules import num_waiting
 from tests.chaos.stack import Stack, until
 
 REST_S = 600.0  # for the jobs that are open when the storm is over, then for their runs in the tracker
@@ -58,6 +59,8 @@ class Result:
     states: dict[str, int] = field(default_factory=dict)
     attempts: int = 0
     calls: int = 0
+    wishes: dict[str, int] = field(default_factory=dict)  # calls of each verb that were accepted
+    waiting_lines: int = 0  # of logs, on the disk of workers after which no other one of the job came
     refused_commits: int = 0  # of workers that were told that they may no longer write
     violations: list[Violation] = field(default_factory=list)
 
@@ -80,7 +83,7 @@ def run(options: Options, folder: Path, *, console: Console) -> Result:
             injected = storm(stack, options, console=console)
             with console.status("calm: the jobs come to their ends"):
                 users.finish(len(errands), within_s=REST_S)
-                left = settle(stack)
+                left = settle(stack, users)
         finally:
             users.close()
         with console.status("reading database, store, API and MLflow"):
@@ -133,12 +136,16 @@ def _inject(stack: Stack, name: str, random: Random) -> bool:
     return sprung or not name.startswith("step-")
 
 
-def settle(stack: Stack) -> list[str]:
-    """Wait for the end of every job, its processes and its run; the processes that are left."""
+def settle(stack: Stack, users: Users) -> list[str]:
+    """Wait for the end of every job, its processes and its run; the processes that are left.
+
+    No job that was left paused comes to an end by itself, so the users take care of these first.
+    """
     client = stack.client()
 
     def over() -> bool:
         try:
+            users.wake()
             return all_final(client)
         except ApiError:
             return False
@@ -170,6 +177,8 @@ def summarise(result: Result, history: History, injected: Counter[str]) -> None:
     result.states = dict(Counter(job.state for job in history.jobs.values()))
     result.attempts = sum(job.attempt for job in history.jobs.values())
     result.calls = len(history.calls)
+    result.wishes = dict(Counter(call.op for call in history.calls if call.of and call.jobs))
+    result.waiting_lines = num_waiting(history)
     result.refused_commits = sum(effect.kind == "refused" for effect in history.effects)
     result.violations = check(history)
 
@@ -184,7 +193,8 @@ def show(result: Result, *, console: Console) -> None:
     console.print(
         f"faults injected {sum(n for f, n in result.faults.items() if not f.endswith('sprung)'))}, "
         f"jobs {sum(result.states.values())} ({states}), attempts {result.attempts}, "
-        f"stale workers refused {result.refused_commits}, "
+        f"wishes {result.wishes}, stale workers refused {result.refused_commits}, "
+        f"log lines that wait {result.waiting_lines}, "
         f"lost {result.number_of('lost')}, doubled {result.number_of('doubled')}, "
         f"violations {len(result.violations)}"
     )

@@ -1,7 +1,10 @@
 """What is there when the storm is over, read past every proxy."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -10,6 +13,7 @@ from botocore.exceptions import ClientError
 from psycopg.rows import dict_row
 
 from service.client import Client
+from service.contracts.jobs import LogLine
 from service.domain.names import job_prefix
 from tests.chaos import curve, history, journal
 from tests.chaos.history import Event, File, History, Job, Run
@@ -39,7 +43,9 @@ def _jobs(stack: Stack) -> dict[str, Job]:
         stack.client() as client,
     ):
         rows, s3 = connection.execute("SELECT * FROM jobs").fetchall(), stack.s3()
-        return {row["id"]: _job(connection, client, s3, row) for row in rows}
+        jobs = {row["id"]: _job(connection, client, s3, row) for row in rows}
+    spools = stack.journals / journal.SPOOLS
+    return {name: replace(job, waiting=_waiting(spools / name)) for name, job in jobs.items()}
 
 
 def _job(connection: "psycopg.Connection[Row]", client: Client, s3: Any, row: Row) -> Job:
@@ -67,8 +73,23 @@ def _job(connection: "psycopg.Connection[Row]", client: Client, s3: Any, row: Ro
         checkpoints=[(c["attempt"], c["step"]) for c in checkpoints],
         last_checkpoint=_files(s3, row["id"], checkpoints[-1]["files"]) if checkpoints else [],
         files=_files(s3, row["id"], all_of("files", "path")),
-        lines=frozenset(line.message for line in client.logs(row["id"])),
+        lines=_streams(client.logs(row["id"])),
     )
+
+
+def _waiting(spools: Path) -> dict[str, list[str]]:
+    chunks = sorted(spools.glob("*/*.jsonl"), key=lambda path: (len(path.name), path.name))
+    return _streams(
+        LogLine.model_validate_json(line) for chunk in chunks for line in chunk.read_text().splitlines()
+    )
+
+
+def _streams(lines: Iterable[LogLine]) -> dict[str, list[str]]:
+    """The messages of each attempt and source, in their order."""
+    streams: dict[str, list[str]] = defaultdict(list)
+    for line in lines:
+        streams[f"{line.attempt}/{line.source}"].append(line.message)
+    return dict(streams)
 
 
 def _files(s3: Any, job_id: str, manifest: Sequence[Mapping[str, Any]]) -> list[File]:

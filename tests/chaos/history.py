@@ -1,11 +1,12 @@
 """All that was seen in a campaign: what users were told, what workers did, what is there at the end."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.chaos.journal import Fact
 
+Found = Iterator[tuple[str, str]]  # what a rule finds: the subject and what is wrong with it
 TAKEN = frozenset({"reported", "checkpoint-taken", "finish-taken"})
 
 
@@ -13,7 +14,7 @@ TAKEN = frozenset({"reported", "checkpoint-taken", "finish-taken"})
 class Call:
     """One request of a user and its answer."""
 
-    op: str  # submit | cancel
+    op: str  # submit | cancel | pause | resume | retry
     asked: float
     answered: float
     key: str = ""
@@ -22,12 +23,14 @@ class Call:
     jobs: tuple[str, ...] = ()  # empty: refused, or no answer
     states: tuple[str, ...] = ()
     error: str = ""  # the code of a refusal
+    of: str = ""  # the job that a verb was for, whatever came of it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sighting:
     """A job's state as an answer showed it."""
 
+    asked: float  # the answer may be as old as its question
     at: float
     job: str
     state: str
@@ -38,14 +41,15 @@ class Effect:
     """One thing that a worker did."""
 
     at: float
-    kind: str  # begun, training, reported, checkpoint-sent, checkpoint-taken, lines, ended ...
+    kind: str  # begun, training, reported, checkpoint-sent, checkpoint-taken, line, ended ...
     job: str
     attempt: int
     pid: int
     sent: float = 0.0  # when the call began that was taken at `at`
     outcome: str = ""
     files: tuple[str, ...] = ()
-    lines: tuple[str, ...] = ()
+    line: str = ""  # of the log
+    dead: tuple[int, ...] = ()  # attempts whose lines this worker found waiting, and sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +89,9 @@ class Job:
     checkpoints: Sequence[tuple[int, int]] = ()  # attempt and step of each that was committed
     last_checkpoint: Sequence[File] = ()
     files: Sequence[File] = ()
-    lines: frozenset[str] = frozenset()  # of the log, as the API serves them
+    # Log lines in their order, by "ATTEMPT/SOURCE": as the API serves them, and left on the workers' disk.
+    lines: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    waiting: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,6 +128,7 @@ def calls(facts: Iterable[Fact]) -> list[Call]:
             jobs=tuple(fact.get("jobs", ())),
             states=tuple(fact.get("states", ())),
             error=fact.get("error", ""),
+            of=fact.get("of", ""),
         )
         for fact in facts
         if fact["kind"] == "call"
@@ -133,10 +140,10 @@ def sightings(facts: Iterable[Fact]) -> list[Sighting]:
     found = []
     for fact in facts:
         if fact["kind"] == "seen":
-            found.append(Sighting(at=fact["t"], job=fact["job"], state=fact["state"]))
+            found.append(Sighting(asked=fact["asked"], at=fact["t"], job=fact["job"], state=fact["state"]))
         if fact["kind"] == "call":
             told = zip(fact.get("jobs", ()), fact.get("states", ()), strict=True)
-            found += [Sighting(at=fact["t"], job=job, state=state) for job, state in told]
+            found += [Sighting(asked=fact["asked"], at=fact["t"], job=job, state=s) for job, s in told]
     return found
 
 
@@ -155,5 +162,6 @@ def _effect(fact: Mapping[str, Any]) -> Effect:
         sent=fact.get("sent", 0.0),
         outcome=fact.get("outcome", ""),
         files=tuple(fact.get("files", ())),
-        lines=tuple(fact.get("lines", ())),
+        line=fact.get("line", ""),
+        dead=tuple(fact.get("dead", ())),
     )

@@ -2,18 +2,26 @@
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from service.contracts.jobs import FINAL, JobState
 from service.domain.lifecycle import MOVES
 from tests.chaos import curve
-from tests.chaos.history import TAKEN, Effect, File, History, Job
+from tests.chaos.history import TAKEN, Effect, File, Found, History, Job, Sighting
+from tests.chaos.log_rules import logs_are_complete
+from tests.chaos.wish_rules import (
+    cancels_are_honoured,
+    failures_are_counted,
+    failures_have_a_cause,
+    pauses_are_honoured,
+    was_retried,
+    wishes_are_kept,
+)
 
 _FENCE = re.compile(r"attempt (\d+) is starting")
 _COMMIT = re.compile(r"attempt (\d+) committed a checkpoint")
 _REMOVED = re.compile(r"removed checkpoints? at steps? ([\d, ]+)")
-_CAUSES = ("no space is left", "which this one needs")
 _RUN_STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
 
 
@@ -26,7 +34,6 @@ class Violation:
     detail: str
 
 
-Found = Iterator[tuple[str, str]]
 Rule = Callable[[History], Found]
 
 
@@ -81,29 +88,44 @@ def stories_are_legal(history: History) -> Found:
                 yield job.id, f"moved from {event.src} to {event.dst} when it was {state}"
             if state is not None and JobState(str(event.dst)) not in MOVES[JobState(state)]:
                 yield job.id, f"moved from {state} to {event.dst}"
+            if state in FINAL and event.actor != "user":
+                yield job.id, f"left its end, {state}, by the {event.actor}"
             state = event.dst
         if not moves or moves[0].src is not None or moves[0].dst != JobState.QUEUED:
             yield job.id, "its story does not begin with queued"
         if state != job.state:
             yield job.id, f"is {job.state}, its last event says {state}"
-        if sum(event.dst in FINAL for event in moves) > 1:
+        reopened = sum(event.src in FINAL and event.actor == "user" for event in moves)
+        if sum(event.dst in FINAL for event in moves) > 1 + reopened:
             yield job.id, "came to more than one end"
+        if reopened and not was_retried(history, job.id, since=0):
+            yield job.id, "left its end, and no user asked for that"
 
 
 def ends_are_final(history: History) -> Found:
-    """Whoever saw a final state sees the same one for ever."""
-    ends: dict[str, str] = {}
+    """Whoever saw a final state sees it for ever; of one that is no success, until a user retries the job."""
+    ends: dict[str, Sighting] = {}
     for seen in sorted(history.sightings, key=lambda s: s.at):
-        if seen.job in ends and seen.state != ends[seen.job]:
-            # An answer that was on its way while another one arrived may be older: only ends count.
-            if seen.state in FINAL:
-                yield seen.job, f"was seen {ends[seen.job]}, then {seen.state}"
-        elif seen.state in FINAL:
-            ends[seen.job] = seen.state
+        # An answer that was on its way while another one arrived may be older: only ends count.
+        if seen.state not in FINAL:
+            continue
+        end = ends.setdefault(seen.job, seen)
+        if seen.state != end.state and not _may_follow(history, end, seen):
+            yield seen.job, f"was seen {end.state}, then {seen.state}"
+        ends[seen.job] = seen
     for job_id, end in ends.items():
         job = history.jobs.get(job_id)
-        if job is not None and job.state != end:
-            yield job_id, f"was seen {end}, and is {job.state}"
+        if job is None or job.state == end.state:
+            continue
+        if end.state == JobState.SUCCEEDED or not was_retried(history, job_id, since=end.asked):
+            yield job_id, f"was seen {end.state}, and is {job.state}"
+
+
+def _may_follow(history: History, end: Sighting, seen: Sighting) -> bool:
+    """Whether a retry may lie between two answers, the first of which may be the newer one."""
+    if end.state == JobState.SUCCEEDED and seen.asked > end.at:
+        return False
+    return was_retried(history, seen.job, since=min(end.asked, seen.asked), until=seen.at)
 
 
 def one_attempt_commits(history: History) -> Found:
@@ -163,19 +185,6 @@ def curves_are_those_of_uncut_runs(history: History) -> Found:
             yield job.id, f"differs from the uncut run at steps {wrong}"
 
 
-def cancels_are_honoured(history: History) -> Found:
-    """A cancel that was accepted before the end is the end, unless the workers had succeeded by then."""
-    told_success = {e.job for e in history.effects if e.kind == "finish-sent" and e.outcome == "succeeded"}
-    for call in history.calls:
-        if call.op != "cancel" or not call.jobs:
-            continue
-        job = history.jobs.get(call.jobs[0])
-        if job is None or job.state == JobState.CANCELLED or call.states[0] in FINAL:
-            continue
-        if job.state != JobState.SUCCEEDED or job.id not in told_success:
-            yield job.id, f"was {call.states[0]} when its cancel was accepted, and is {job.state}"
-
-
 def successes_were_told(history: History) -> Found:
     """A job succeeds because the worker of its last attempt said so."""
     told = {
@@ -184,26 +193,6 @@ def successes_were_told(history: History) -> Found:
     for job in history.jobs.values():
         if job.state == JobState.SUCCEEDED and (job.id, job.attempt) not in told:
             yield job.id, f"succeeded, which no worker of attempt {job.attempt} said"
-
-
-def failures_have_a_cause(history: History) -> Found:
-    """A job fails for want of room, for the job that it needs, or when no attempt is left."""
-    for job in history.jobs.values():
-        if job.state != JobState.FAILED or job.attempt >= job.max_attempts:
-            continue
-        if not any(cause in job.reason for cause in _CAUSES):
-            yield job.id, f"failed after {job.attempt} of {job.max_attempts} attempts: {job.reason}"
-
-
-def logs_are_complete(history: History) -> Found:
-    """What the store has taken of a worker's lines, the API serves."""
-    for effect in history.effects:
-        job = history.jobs.get(effect.job)
-        if effect.kind == "lines" and job is not None and (lost := set(effect.lines) - job.lines):
-            yield (
-                job.id,
-                f"attempt {effect.attempt} shipped {len(lost)} lines that are not served: {min(lost)!r}",
-            )
 
 
 def manifests_are_true(history: History) -> Found:
@@ -268,6 +257,9 @@ RULES: Sequence[Rule] = (
     curves_are_complete,
     curves_are_those_of_uncut_runs,
     cancels_are_honoured,
+    pauses_are_honoured,
+    wishes_are_kept,
+    failures_are_counted,
     successes_were_told,
     failures_have_a_cause,
     logs_are_complete,

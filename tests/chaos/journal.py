@@ -14,6 +14,7 @@ from typing import Any
 Fact = dict[str, Any]
 # Environment of the processes of a campaign: where their journals are, and the head that began a worker.
 FOLDER, HEAD_PID = "CHAOS_JOURNAL", "CHAOS_HEAD_PID"
+SPOOLS = "spools"  # below that folder: the workers' disk, with the log lines that are not sent yet
 
 
 class Journal:

@@ -10,14 +10,24 @@ from typing import Any
 
 from service.client import Client
 from service.client.errors import ApiError
-from service.contracts.jobs import FINAL
+from service.contracts.jobs import FINAL, Desired
 from tests.chaos.journal import Journal
 
 Document = dict[str, Any]
-ATTEMPTS = 50
-_SHARE_OF_PAIRS, _SHARE_OF_DOUBLES, _SHARE_OF_CANCELS = 0.15, 0.25, 0.25
+ATTEMPTS, FEW_ATTEMPTS = 50, 2
+CANCEL, PAUSE, RESUME, RETRY = "cancel", "pause", "resume", "retry"
+_SHARE_OF_PAIRS, _SHARE_OF_DOUBLES, _SHARE_OF_FEW, _SHARE_OF_WISHES = 0.15, 0.25, 0.25, 0.6
 _AT_ONCE = 4
-_LATEST_CANCEL_S = 15.0
+_LATEST_S = 15.0  # for a wish of the first kind
+_MOST_BETWEEN_S = 8.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """Verbs that are sent at once, some time after the wish before."""
+
+    after_s: float
+    verbs: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +40,9 @@ class Errand:
     copies: int  # the same request so many times at once
     again_s: float | None  # and once more after that time
     misuse: bool  # and the key once more with another spec
-    cancel_s: float | None  # the first job is cancelled so long after it was accepted
-    cancels: int  # so many times at once
+    wishes: tuple[Wish, ...]  # for one of its jobs, once they are accepted
+    of: int  # which of them
+    at_last: str  # what becomes of a job that is still paused when the storm is over
 
 
 def plan(seed: int, *, jobs: int, over_s: float) -> list[Errand]:
@@ -51,7 +62,6 @@ def _errand(random: Random, *, number: int, at_s: float) -> Errand:
     if random.random() < _SHARE_OF_PAIRS:
         documents.append(_pretrain(random, f"{name}-next", needs=name))
     doubled = random.random() < _SHARE_OF_DOUBLES
-    cancelled = random.random() < _SHARE_OF_CANCELS
     return Errand(
         at_s=at_s,
         key=f"key-{number:04d}",
@@ -59,9 +69,36 @@ def _errand(random: Random, *, number: int, at_s: float) -> Errand:
         copies=_AT_ONCE if doubled else 1,
         again_s=random.uniform(1, 10) if doubled else None,
         misuse=doubled,
-        cancel_s=random.uniform(0, _LATEST_CANCEL_S) if cancelled else None,
-        cancels=random.choice((1, 3)),
+        wishes=_wishes(random),
+        of=random.randrange(len(documents)),
+        at_last=random.choice((RESUME, RESUME, CANCEL)),
     )
+
+
+# What a user does to a job, one after the other..
+_HABITS: Sequence[tuple[tuple[str, ...], ...]] = (
+    ((CANCEL,),),
+    ((CANCEL,), (RETRY,)),
+    ((PAUSE,), (RESUME,)),
+    ((PAUSE,), (RESUME,), (PAUSE,), (RESUME,)),
+    ((PAUSE,),),
+    ((PAUSE,), (CANCEL,), (RETRY,)),
+    ((PAUSE,), (RESUME, CANCEL), (RETRY,)),
+    ((PAUSE, RESUME, CANCEL, RETRY), (RETRY, PAUSE), (RESUME, RETRY)),
+    ((RETRY,), (RETRY,)),
+)
+
+
+def _wishes(random: Random) -> tuple[Wish, ...]:
+    if random.random() >= _SHARE_OF_WISHES:
+        return ()
+    habit, most = random.choice(_HABITS), _LATEST_S
+    wishes = []
+    for verbs in habit:
+        times = random.choice((1, 3))
+        wishes.append(Wish(after_s=random.uniform(0, most), verbs=verbs * times))
+        most = _MOST_BETWEEN_S
+    return tuple(wishes)
 
 
 def _tokenizer(random: Random, name: str) -> Document:
@@ -70,7 +107,7 @@ def _tokenizer(random: Random, name: str) -> Document:
         "name": name,
         "data": {"uri": "s3://photos/all/"},
         "training": _training(random),
-        "retries": {"max_attempts": ATTEMPTS},
+        "retries": {"max_attempts": FEW_ATTEMPTS if random.random() < _SHARE_OF_FEW else ATTEMPTS},
         "priority": random.randint(40, 60),
     }
 
@@ -100,14 +137,22 @@ class Users:
 
     def __init__(self, client: Client, journal: Journal) -> None:
         self._client, self._journal = client, journal
+        self._verbs = {
+            CANCEL: client.cancel,
+            PAUSE: client.pause,
+            RESUME: client.resume,
+            RETRY: client.retry,
+        }
         self._pool = ThreadPoolExecutor(max_workers=32, thread_name_prefix="user")
         self._futures: list[Future[None]] = []
+        self._at_last: dict[str, str] = {}
         self._watching = threading.Event()
         self._watcher = threading.Thread(target=self._watch, name="watcher", daemon=True)
 
     def start(self, errands: Sequence[Errand]) -> None:
         """Begin; each errand waits in a thread for its time."""
         began = time.monotonic()
+        self._at_last = {d["name"]: errand.at_last for errand in errands for d in errand.documents}
         self._watcher.start()
         threading.Thread(target=self._dispatch, args=(errands, began), name="errands", daemon=True).start()
 
@@ -118,6 +163,12 @@ class Users:
             time.sleep(0.2)
         for future in self._futures:
             future.result(timeout=max(1.0, deadline - time.monotonic()))
+
+    def wake(self) -> None:
+        """Let every job that is paused, or about to be, go on or end, as it was planned. Raises ApiError."""
+        for job in self._client.jobs(page_size=500):
+            if job.desired is Desired.PAUSE and job.state not in FINAL:
+                self._ask(self._at_last[job.name], job.id)
 
     def close(self) -> None:
         """End the threads."""
@@ -132,10 +183,10 @@ class Users:
 
     def _run(self, errand: Errand) -> None:
         ids = self._at_once([errand.documents] * errand.copies, key=errand.key)
-        if errand.cancel_s is not None and ids:
-            time.sleep(errand.cancel_s)
-            threads = [threading.Thread(target=self._cancel, args=(ids[0],)) for _ in range(errand.cancels)]
-            _run_all(threads)
+        for wish in errand.wishes if ids else ():
+            time.sleep(wish.after_s)
+            asked = ((verb, ids[errand.of]) for verb in wish.verbs)
+            _run_all([threading.Thread(target=self._ask, args=args) for args in asked])
         if errand.again_s is not None:
             time.sleep(errand.again_s)
             self._submit(errand.documents, key=errand.key)
@@ -162,12 +213,12 @@ class Users:
         self._journal.note("call", **facts, jobs=ids, states=[job.state for job in jobs])
         return ids
 
-    def _cancel(self, job_id: str) -> None:
-        facts: dict[str, Any] = {"op": "cancel", "asked": time.monotonic()}
+    def _ask(self, verb: str, job_id: str) -> None:
+        facts: dict[str, Any] = {"op": verb, "asked": time.monotonic(), "of": job_id}
         try:
-            job = self._client.cancel(job_id)
+            job = self._verbs[verb](job_id)
         except ApiError as error:
-            self._journal.note("call", **facts, error=error.code, told=str(error), cancelled=job_id)
+            self._journal.note("call", **facts, error=error.code, told=str(error))
             return
         self._journal.note("call", **facts, jobs=[job.id], states=[job.state])
 
@@ -175,10 +226,11 @@ class Users:
         """Note each state that a user could have seen."""
         last: dict[str, str] = {}
         while not self._watching.wait(2.0):
+            asked = time.monotonic()
             try:
                 for job in self._client.jobs(page_size=500):
                     if last.get(job.id) != job.state:
-                        self._journal.note("seen", job=job.id, state=job.state)
+                        self._journal.note("seen", job=job.id, state=job.state, asked=asked)
                         last[job.id] = job.state
             except ApiError as error:
                 self._journal.note("unseen", error=error.code)

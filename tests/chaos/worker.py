@@ -6,6 +6,7 @@ goes on for `CHAOS_ORPHAN_S` seconds and still tries to commit, as Ray's workers
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import logging
@@ -17,7 +18,7 @@ import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,10 @@ from service.contracts.tokens import new_token
 from service.contracts.work import Assignment, Checkpoint, Failure, Finish, Report
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from tests.chaos import curve
-from tests.chaos.journal import FOLDER, HEAD_PID, Journal
-from workers.logs import LogShipper, attach, detach
+from tests.chaos.journal import FOLDER, HEAD_PID, SPOOLS, Journal
+from tests.chaos.log_rules import SOURCE
+from workers.logs import LogShipper, attach, blotted, detach, send_left_lines
 from workers.results import earlier_files, put_json, result_document
-from workers.spool import recover
 from workers.storage import JobStore
 
 log = logging.getLogger("workers.chaos")
@@ -48,18 +49,40 @@ DONE, INFRASTRUCTURE, STORAGE, USER, STALE, TERMINATED = 0, 11, 12, 10, 14, 143
 _REFUSALS = (400, 409, 413, 422)
 
 
-class ShippedLines:
-    """The store as the log shipper sees it: what it has taken is journaled."""
+class JournaledShipper(LogShipper):
+    """The real one; what it has kept is journaled after it, in the same order."""
 
-    def __init__(self, store: JobStore, journal: Journal) -> None:
-        self._store, self._journal = store.store, journal
-
-    def put_bytes(self, key: str, data: bytes) -> None:
-        """Store `data` under `key`."""
-        self._store.put_bytes(key, data)
-        self._journal.note(
-            "lines", key=key, lines=[json.loads(line)["message"] for line in data.splitlines()]
+    def __init__(self, store: JobStore, *, journal: Journal, spool: Path, secrets: Sequence[str]) -> None:
+        super().__init__(
+            store.store,
+            store.log_prefix,
+            spool=spool,
+            attempt=store.attempt,
+            source=SOURCE,
+            secrets=secrets,
         )
+        self._journal, self._blotted = journal, secrets
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep one line."""
+        super().emit(record)
+        if not self.abandoned:
+            self._journal.note("line", line=blotted(self.format(record), self._blotted))
+
+
+def send_left(spools: Path, store: JobStore, journal: Journal, *, patient: bool = False) -> None:
+    """Send the lines of the dead, with the real code; whose they were is journaled once they are sent."""
+    found = list(dead(spools))
+    if send_left_lines(spools, store.store, store.logs_prefix, patient=patient):
+        journal.note("recovered", dead=found)
+
+
+def dead(spools: Path) -> Iterator[int]:
+    """The attempts whose lines wait and whose processes are gone."""
+    for folder in sorted({chunk.parent for chunk in spools.glob("*/*.jsonl")}):
+        with (folder / f"{SOURCE}.lock").open("a") as lock, suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield int(folder.name.removeprefix("attempt-"))
 
 
 @dataclass(kw_only=True)
@@ -206,18 +229,10 @@ class Training:
 def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, token: str) -> int:
     """Do it all; the exit status."""
     store = JobStore.of(assignment)
-    shelf = ShippedLines(store, journal)
-    spools = Path(os.environ[FOLDER]) / "spools" / assignment.job_id
-    with suppress(StoreError):
-        recover(spools, shelf, store.logs_prefix)
-    shipper = LogShipper(
-        shelf,
-        store.log_prefix,
-        spool=spools / f"attempt-{assignment.attempt}",
-        attempt=assignment.attempt,
-        source="driver",
-        secrets=[token],
-    )
+    spools = Path(os.environ[FOLDER]) / SPOOLS / assignment.job_id
+    spool = spools / f"attempt-{assignment.attempt}"
+    send_left(spools, store, journal)
+    shipper = JournaledShipper(store, journal=journal, spool=spool, secrets=[token])
     training = Training(
         service=service,
         assignment=assignment,
@@ -227,6 +242,7 @@ def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, to
     )
     attach(shipper)
     shipper.start()
+    finish = None
     try:
         finish = ending(training)
     except StaleAttempt:
@@ -234,6 +250,8 @@ def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, to
         raise
     finally:
         detach(shipper)
+        if not shipper.abandoned:
+            send_left(spools, store, journal, patient=finish is not None and finish.outcome == "succeeded")
     training.finish(finish)
     return DONE if finish.failure is None else _EXIT[finish.failure.kind]
 

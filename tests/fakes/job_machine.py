@@ -89,7 +89,7 @@ class Job:
             if (outcome, kind) == ("failed", "user") or self.failures >= self.max_attempts:
                 self.state = S.FAILED
             else:
-                self.state = S.PAUSED if self.wish == "pause" else S.RETRYING
+                self.state = S.PAUSED if self.state == S.STOPPING else S.RETRYING
 
 
 class JobMachine(RuleBasedStateMachine):

@@ -99,6 +99,25 @@ class WishContract:
         await world.finish(job_id, 1, outcome="stopped", step=5)
         assert (await world.show(job_id))["state"] == "paused"
 
+    async def test_resume__before_a_stop_that_fails_counts_the_failure(self, world: World) -> None:
+        job_id = await running(world, retries={"max_attempts": 2})
+        await asked(world, "pause")
+        await asked(world, "resume")
+        failure = {"kind": "storage", "message": "the store is away"}
+        await world.finish(job_id, 1, outcome="failed", step=5, failure=failure)
+        job = await world.show(job_id)
+        assert (job["state"], job["desired"], job["attempts"][0]["outcome"]) == ("paused", "run", "failed")
+        assert job["reason"] == "paused after: the store is away"
+
+    async def test_wishes__of_one_moment_do_not_overwrite_each_other(self, world: World) -> None:
+        """Each is guarded by the version, so the later one has to look again."""
+        job_id = await running(world)
+        await asked(world, "pause")
+        for number, verb in enumerate(("resume", "pause", "cancel"), start=1):
+            before = (await world.row(job_id)).version
+            await asked(world, verb)
+            assert (await world.row(job_id)).version == before + 1, number
+
     async def test_pauses__use_up_no_attempt(self, world: World) -> None:
         job_id = await running(world, retries={"max_attempts": 1})
         for number in (1, 2):

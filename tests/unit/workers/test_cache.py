@@ -8,7 +8,7 @@ from service.contracts.allowed import ANYWHERE, Allowed
 from service.contracts.work import StoreAddress
 from service.store.directory import DirectoryStore
 from workers import cache as cache_module
-from workers.cache import Cache
+from workers.cache import Cache, discard
 
 
 @pytest.fixture
@@ -141,3 +141,15 @@ def test_images__s3_brings_what_the_pattern_names(
     assert opened == ["s3://b/set"]
     assert names(place if last is None else place.parent) == found
     assert last is None or place.name == last
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_discard__log_lines_that_wait_stay(tmp_path: Path, *, waits: bool) -> None:
+    (tmp_path / "job/photos").mkdir(parents=True)
+    spool = tmp_path / "job/logs/attempt-1"
+    spool.mkdir(parents=True)
+    (spool / "driver.lock").touch()
+    if waits:
+        (spool / "driver-000000.jsonl").touch()
+    discard(tmp_path / "job")
+    assert [path.name for path in (tmp_path / "job").glob("*")] == (["logs"] if waits else [])

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from service.client.errors import ApiError
 from service.contracts.jobs import FailureKind
 from service.contracts.problems import Problem
 from service.contracts.work import Assignment, StoreAddress
+from service.store.base import StoreError
+from service.store.directory import DirectoryStore
 from tests.fakes.work_client import FakeWork
 from workers import driver
 from workers.attempt import Outcome, Work
@@ -72,6 +75,27 @@ def test_run__success_is_told_with_what_the_ranks_returned(
     assert work.reports[-1].progress.message == "starting 1 worker"
     logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
     assert "succeeded at step 4" in [json.loads(line)["message"] for line in logs.splitlines()]
+
+
+def test_run__a_success_waits_for_a_store_that_takes_no_log_lines(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    put_bytes, refused = DirectoryStore.put_bytes, list[str]()
+
+    def put(store: DirectoryStore, key: str, data: bytes) -> None:
+        if "/logs/" in key and len(refused) < 6:
+            refused.append(key)
+            raise StoreError("away")
+        put_bytes(store, key, data)
+
+    monkeypatch.setattr(DirectoryStore, "put_bytes", put)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert (
+        run(work, settings, monkeypatch, ranks=Outcome(stopped=False, step=4, total_steps=4)) is ExitCode.DONE
+    )
+    logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
+    assert "succeeded at step 4" in logs
+    assert not (settings.cache_dir / "ab").exists()
 
 
 def test_run__the_attempt_is_claimed_before_anything_else(
