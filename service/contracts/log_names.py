@@ -22,14 +22,13 @@ class LogName:
 
     @classmethod
     def parse(cls, name: str) -> Self | None:
-        """The parts of a name without its folder; None for any other name."""
+        """The parts of a name without its folder; None for any that is not written in just this way."""
         match = _NAME.fullmatch(name)
         if match is None:
             return None
         first, last = int(match["first"]), int(match["last"] or match["first"])
-        if match["last"] is not None and last <= first:
-            return None
-        return cls(source=match["source"], first=first, last=last)
+        made = cls(source=match["source"], first=first, last=last)
+        return made if str(made) == name else None
 
     def __str__(self) -> str:
         numbers = f"{self.first:06d}_{self.last:06d}" if self.joins else f"{self.first:06d}"

@@ -112,6 +112,28 @@ async def notes(plane: ControlPlane, job_id: str) -> list[str]:
         return list(await session.scalars(query.order_by(EventRow.id)))
 
 
+def logs(attempt: int) -> set[str]:
+    """The paths of an attempt's logs: pieces, and a join of two of them."""
+    pieces = {f"logs/attempt-{attempt}/rank-0-{number:06d}.jsonl" for number in range(3)}
+    return {*pieces, f"logs/attempt-{attempt}/rank-0-000000_000001.jsonl"}
+
+
+def joined(attempt: int) -> set[str]:
+    """Those whose lines the join holds."""
+    return {f"logs/attempt-{attempt}/rank-0-{number:06d}.jsonl" for number in range(2)}
+
+
+def is_log(path: str) -> bool:
+    """Whether it lies where logs do."""
+    return path.startswith("logs/")
+
+
+def keep_logs(plane: ControlPlane, job_id: str, attempt: int) -> None:
+    """Store them."""
+    for path in logs(attempt):
+        plane.put(job_id, path, b"line\n")
+
+
 class Cut:
     """Kills the process at the n-th step: before a commit, a look at the store, or a deletion."""
 
@@ -152,17 +174,20 @@ class Scene:
             plane.put(self.ended, path, b"left")
         begin(f"{job_prefix(self.ended)}/encoder/model.safetensors", b"half")
         encoder = plane.put(self.ended, "encoder/model.safetensors", b"encoder")
+        keep_logs(plane, self.ended, 1)
         await plane.finish(self.ended, 1, step=30, total_steps=30, files=[encoder.model_dump()])
         self.live = await running(plane)
         await commit(plane, self.live, 1, 10)
         plane.put(self.live, "attempts/1/checkpoints/step-35/state", b"never committed")
         begin(f"{job_prefix(self.live)}/attempts/1/checkpoints/step-35/manifest.json", b"half")
         plane.put(self.live, "spec.json", b"{}")
+        keep_logs(plane, self.live, 1)
         await failed(plane, self.live, 1)
         await plane.reconciler().run_once()
         plane.advance(2 * AFTER_S)
         await plane.report(self.live, 2)
         await commit(plane, self.live, 2, 40, 50, 60)
+        keep_logs(plane, self.live, 2)
         begin(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70/state", b"half")
         self.under_way = frozenset({"attempts/2/checkpoints/step-70/manifest.json", "spec.json"})
         plane.put(self.live, "attempts/2/checkpoints/step-70/manifest.json", b"under way")
@@ -179,8 +204,11 @@ class Scene:
         await self.assert_whole(plane)
         assert await steps(plane, self.ended) == [20, 30]
         assert await steps(plane, self.live) == [50, 60]
-        assert stored(plane, self.ended) == await named(plane, self.ended)
-        assert stored(plane, self.live) == await named(plane, self.live) | self.under_way
+        ended, live = stored(plane, self.ended), stored(plane, self.live)
+        assert {path for path in ended if is_log(path)} == logs(1) - joined(1)
+        assert {path for path in live if is_log(path)} == logs(1) - joined(1) | logs(2)
+        assert {path for path in ended if not is_log(path)} == await named(plane, self.ended)
+        assert {path for path in live if not is_log(path)} == await named(plane, self.live) | self.under_way
         assert "encoder/model.safetensors" in stored(plane, self.ended)
         (upload,) = inner(plane).uploads()
         assert upload.key.startswith(f"{job_prefix(self.live)}/attempts/2/checkpoints/step-70")
@@ -218,7 +246,8 @@ class GarbageContract:
             assert set(removed.keys) == gone
             assert removed.num_uploads == 1
         assert told[job_prefix(scene.live)].steps == (10, 40)
-        assert told[job_prefix(scene.ended)].size_bytes == 2 * len(b"weights") + 3 * len(b"left")
+        logs_bytes = len(joined(1)) * len(b"line\n")
+        assert told[job_prefix(scene.ended)].size_bytes == 2 * len(b"weights") + 3 * len(b"left") + logs_bytes
         assert await dry_run(plane) == []
 
     async def test_killed__at_every_single_step_the_next_pass_finds_the_rest(
@@ -254,7 +283,7 @@ class GarbageContract:
             looks.append(checkpoint.step)
 
         await _at_each_step(plane, look)
-        assert looks == [30] * 7  # two looks at the job, four deletions, one look at what jobs share
+        assert looks == [30] * 8  # three looks at the job, four deletions, one look at what jobs share
         assert await steps(plane, job_id) == [30]
 
     async def test_commits__beside_passes_keep_the_newest_whole(self, plane: ControlPlane) -> None:

@@ -220,11 +220,13 @@ def test_read__a_piece_that_is_removed_meanwhile_is_read_from_its_join(gone_at: 
     assert found == [f"{n}.0" for n in (*range(gone_at), *range(6))]
 
 
-def test_read__what_is_listed_and_not_there_does_not_go_round_for_ever() -> None:
+def test_read__what_is_listed_and_not_there_does_not_go_round_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     source = Source(stream="1/driver", pieces={n: (n,) for n in range(4)}, joins=((0, 2),))
     store = stored(source)
     listed = store.list("jobs/J/logs")
-    store.list = lambda _prefix="": listed  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "list", lambda _prefix: listed)
     store.objects.clear()
     source.put(store, (3, 3))
     assert [line.message for line in read(store)] == ["3.0"]
