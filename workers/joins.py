@@ -28,6 +28,7 @@ class Joins:
         self._store, self._prefix = store, prefix
         self._names: list[LogName] = []
         self._lines: list[bytes] = []
+        self.size = 0  # bytes in memory
 
     def add(self, name: str, data: bytes) -> None:
         """Take over a piece that was stored. Raises nothing."""
@@ -39,13 +40,14 @@ class Joins:
             return
         self._names.append(piece)
         self._lines.append(_whole_lines(data))
+        self.size += len(self._lines[-1])
         if len(self._names) == JOIN_PIECES:
             self.store_rest()
 
     def store_rest(self) -> None:
         """Store what has gathered as one object, unless it is a single piece. Raises nothing."""
         names, lines = self._names, self._lines
-        self._names, self._lines = [], []
+        self._names, self._lines, self.size = [], [], 0
         if len(names) < 2:
             return
         join = LogName(source=names[0].source, first=names[0].first, last=names[-1].last)
@@ -56,7 +58,7 @@ class Joins:
             sys.stderr.write(f"{len(names)} pieces of log stay apart, the object store refused: {error}\n")
 
     def _has_room(self, data: bytes) -> bool:
-        return sum(map(len, self._lines)) + len(data) <= JOIN_BYTES
+        return self.size + len(data) <= JOIN_BYTES
 
 
 def _whole_lines(data: bytes) -> bytes:

@@ -41,9 +41,7 @@ class Spool:
         """End the open chunk, if there is one: it may be sent."""
         if self._open is not None:
             chunk, self._open = self._open, None
-            with suppress(
-                OSError
-            ):  # the disk is full, as `append` has said of the line that is in the buffer
+            with suppress(OSError):  # the disk is full: `append` has said so of the line in the buffer
                 chunk.close()
 
     def chunks(self) -> list[Path]:

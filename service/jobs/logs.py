@@ -137,7 +137,7 @@ def _beyond(objects: Iterable[_Object], last: int) -> list[_Object]:
         if ahead and (not begun or ahead[0].name.first == last + 1):
             chosen.append(ahead.popleft())
         elif begun:
-            chosen.append(max(begun, key=lambda found: found.name.last))
+            chosen.append(begun[-1])
         else:
             return chosen
         last = chosen[-1].name.last

@@ -228,6 +228,7 @@ LOGS = [
         "driver-000002",
         "driver-000000_000001",
         "driver-000001_000002",
+        "driver-000000_000002",
     )
 ]
 OTHERS = st.sampled_from(
@@ -264,9 +265,12 @@ def is_joined(path: str, files: JobFiles) -> bool:
         "driver-000001.jsonl": ["driver-000000_000001.jsonl", "driver-000001_000002.jsonl"],
         "driver-000002.jsonl": ["driver-000001_000002.jsonl"],
     }
+    all_of_them = "driver-000000_000002.jsonl"
     folder, _, name = path.rpartition("/")
     over = {f"logs/attempt-{seen.number}" for seen in files.attempts if seen.over_since == LONG_AGO}
-    return folder in over and any(f"{folder}/{one}" in files.stored for one in holders.get(name, []))
+    if folder not in over or name not in holders:
+        return False
+    return any(f"{folder}/{one}" in files.stored for one in (all_of_them, *holders[name]))
 
 
 def may_go(path: str, files: JobFiles, dropped: Iterable[Committed]) -> bool:

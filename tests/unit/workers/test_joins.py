@@ -17,15 +17,15 @@ from workers.spool import Spool, recover
 class Shelf(dict[str, bytes]):
     """Objects by key; refuses joins while `refuses`, dies at one while `kills`."""
 
-    refuses = kills = False
+    refuses = kills = rewritten = False
 
     def put_bytes(self, key: str, data: bytes) -> None:
+        self.rewritten |= key in self
         joins = "_" in key
         if joins and self.kills:
             raise KeyboardInterrupt
         if joins and self.refuses:
             raise OSError("refused")
-        assert key not in self, "objects are never rewritten"
         self[key] = data
 
     def joins(self) -> dict[tuple[int, int], bytes]:
@@ -80,6 +80,7 @@ def test_ship__a_single_piece_is_not_stored_twice(tmp_path: Path) -> None:
     ship(made, "only")
     made.close()
     assert list(shelf) == ["logs/attempt-1/rank-0-000000.jsonl"]
+    assert not shelf.rewritten
 
 
 def test_ship__a_join_that_is_refused_costs_no_line_and_no_memory(
@@ -126,7 +127,10 @@ def test_ship__two_of_the_same_name_join_nothing_that_is_not_theirs_alone(tmp_pa
 
 PIECES = st.lists(
     st.tuples(
-        st.booleans(), st.sampled_from([b"", b"a\n", b"cut", b"b\n" * 9, b"c" * (JOIN_BYTES // 3) + b"\n"])
+        st.booleans(),
+        st.sampled_from(
+            [b"", b"a\n", b"cut", b"b\n" * 9, b"c" * (JOIN_BYTES // 3) + b"\n", b"d" * JOIN_BYTES + b"\n"]
+        ),
     ),
     max_size=200,
 )
@@ -142,6 +146,7 @@ def test_joins__hold_what_was_added_in_whole_lines_and_never_more_than_they_may(
         number += 1 + hole
         numbered[number] = data
         joins.add(f"rank-0-{number:06d}.jsonl", data)
+        assert joins.size <= JOIN_BYTES + 1
     joins.store_rest()
     covered: list[int] = []
     for (first, last), data in shelf.joins().items():
@@ -159,6 +164,7 @@ def test_joins__a_piece_too_large_to_keep_stays_apart() -> None:
     sizes = [1, 1, JOIN_BYTES + 1, 1, 1, JOIN_BYTES - 2, 1]
     for number, size in enumerate(sizes):
         joins.add(f"driver-{number:06d}.jsonl", b"\n" * size)
+        assert joins.size <= JOIN_BYTES
     joins.store_rest()
     assert list(shelf.joins()) == [(0, 1), (3, 5)]
 
