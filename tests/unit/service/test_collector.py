@@ -20,17 +20,8 @@ from service.jobs import garbage
 from service.settings import Settings
 from service.store.base import Entries, StoreError, Uploads
 from tests.fakes.control_plane import ControlPlane, control_plane
-from tests.fakes.garbage_contract import (
-    AFTER_S,
-    GarbageContract,
-    collector,
-    commit,
-    failed,
-    named,
-    running,
-    steps,
-    stored,
-)
+from tests.fakes.garbage_contract import GarbageContract
+from tests.fakes.garbage_scene import AFTER_S, collector, commit, failed, named, running, steps, stored
 from tests.fakes.stepping_store import SteppingStore
 from tests.unit.service.store_contract import Begin
 from tests.unit.service.test_store import leave_half
