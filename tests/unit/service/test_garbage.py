@@ -185,6 +185,8 @@ def test_logs__a_piece_goes_once_a_join_beside_it_has_its_lines() -> None:
     assert judged(*pieces, *others, attempts=both).paths == tuple(pieces[1:4])
     assert judged(*pieces, *others[1:], attempts=both).paths == ()
     assert judged(*pieces, *others, attempts=both, named=[pieces[2]]).paths == (pieces[1], pieces[3])
+    nested = (f"{folder}/rank-0-000000_000004.jsonl", f"{folder}/rank-0-000001_000002.jsonl")
+    assert judged(*pieces, *nested, attempts=both).paths == tuple(pieces)
     for over_since in (None, LATELY):
         assert judged(*pieces, *others, attempts=[attempt(1, over_since), attempt(2)]).paths == ()
 
