@@ -2,6 +2,7 @@
 
 Ray keeps logs on the node that made them and loses them with it. So each process writes its lines to a
 spool on disk and sends them from there; a store that is away costs lines at worst, never a training step.
+Whatever was sent in many small pieces is sent once more in one: see `workers.joins`.
 """
 
 import atexit
@@ -17,7 +18,8 @@ from pathlib import Path
 from service.contracts.addresses import redacted
 from service.contracts.jobs import LogLine
 from service.store.base import StoreError
-from workers.spool import PutBytes, Spool, recover, send
+from workers.joins import Joins, PutBytes
+from workers.spool import Spool, recover, send
 from workers.storage import patiently
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,7 @@ class LogShipper(logging.Handler):
         self._secrets = tuple(secret for secret in secrets if secret)
         self._limit, self._clock = lines_per_minute, clock
         self._spool = Spool(spool, source)
+        self._joins = Joins(store, prefix)
         self._waiting = 0  # lines in the spool
         self._dropped = 0
         self._window = (clock(), 0)  # start of the running minute, lines in it
@@ -90,7 +93,9 @@ class LogShipper(logging.Handler):
                     sys.stderr.write(f"log lines wait, the object store refused: {error}\n")
                     return False
                 with self._handler_lock():
-                    self._waiting = max(0, self._waiting - sent)
+                    self._waiting = max(0, self._waiting - sent.count(b"\n"))
+                if self._spool.alone:  # otherwise somebody may still add to the piece
+                    self._joins.add(chunk.name, sent)
             return True
 
     def close(self, *, tries: int = 3, pause_s: float = 1.0) -> None:
@@ -101,6 +106,8 @@ class LogShipper(logging.Handler):
         atexit.unregister(self.close)
         for turn in range(0 if self._abandoned else tries):
             if self.ship():
+                with self._shipping:
+                    self._joins.store_rest()
                 break
             if turn + 1 < tries:
                 time.sleep(pause_s)

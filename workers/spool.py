@@ -6,20 +6,16 @@ with it, those of the last seconds.
 """
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
+
+from service.contracts.log_names import LogName
+from workers.joins import Joins, PutBytes
 
 LOGS = "logs"  # the folder of a job's spools, beside its downloads
-
-
-class PutBytes(Protocol):
-    """The part of an object store that log lines need."""
-
-    def put_bytes(self, key: str, data: bytes) -> object:
-        """Store `data` under `key`."""
-        ...
 
 
 class Spool:
@@ -28,31 +24,27 @@ class Spool:
     def __init__(self, folder: Path, source: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._folder, self._source = folder, source
-        self._lock = _lock_file(folder, source).open("a+")
+        self._lock = _lock_file(folder, source)
         # Another holder is a process of the same name that does not end; both may write, chunks are appended.
-        with suppress(BlockingIOError):
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._lock.seek(0)
+        self.alone = _locked(self._lock)
         self._seq = int(self._lock.read().strip() or 0)
         self._open: IO[str] | None = None
 
     def append(self, line: str) -> None:
         """Add one line, which ends in a line feed. Raises OSError where the disk takes none."""
         if self._open is None:
-            name = f"{self._source}-{self._seq:06d}.jsonl"
-            self._open = (self._folder / name).open("a", encoding="utf-8")
-            self._seq += 1
-            self._lock.truncate(0)
-            self._lock.write(str(self._seq))
-            self._lock.flush()
+            name = LogName(source=self._source, first=self._seq, last=self._seq)
+            self._take_number()
+            self._open = (self._folder / str(name)).open("a", encoding="utf-8")
         self._open.write(line)
         self._open.flush()
 
     def roll(self) -> None:
         """End the open chunk, if there is one: it may be sent."""
         if self._open is not None:
-            self._open.close()
-            self._open = None
+            chunk, self._open = self._open, None
+            with suppress(OSError):  # the disk is full: `append` has said so of the line in the buffer
+                chunk.close()
 
     def chunks(self) -> list[Path]:
         """What waits, in order; call `roll` before."""
@@ -61,18 +53,26 @@ class Spool:
     def close(self) -> None:
         """Give the lock back. What waits stays for whoever comes next."""
         self.roll()
-        self._lock.close()
+        with suppress(OSError):  # the disk is full
+            self._lock.close()
+
+    def _take_number(self) -> None:
+        """Write down that the next number is in use: a successor that took it again would replace a piece."""
+        self._seq += 1
+        self._lock.seek(0)
+        self._lock.write(f"{self._seq:06d}")  # in place and never shorter: a full disk allows that
+        self._lock.flush()
 
 
-def send(chunk: Path, store: PutBytes, prefix: str) -> int:
-    """Store `chunk` under its name below `prefix`, then delete it; its number of lines.
+def send(chunk: Path, store: PutBytes, prefix: str) -> bytes:
+    """Store `chunk` under its name below `prefix`, then delete it; what it held.
 
     Whoever is killed in between leaves a chunk that is sent once more, under the same name.
     """
     data = chunk.read_bytes()
     store.put_bytes(f"{prefix}/{chunk.name}", data)
     chunk.unlink(missing_ok=True)
-    return data.count(b"\n")
+    return data
 
 
 def recover(spools: Path, store: PutBytes, prefix: str) -> int:
@@ -82,9 +82,11 @@ def recover(spools: Path, store: PutBytes, prefix: str) -> int:
     """
     num_sent = 0
     for folder, source in sorted({(path.parent, _source(path)) for path in spools.glob("*/*.jsonl")}):
+        joins = Joins(store, f"{prefix}/{folder.name}")
         for chunk in _of_the_dead(folder, source):
-            send(chunk, store, f"{prefix}/{folder.name}")
+            joins.add(chunk.name, send(chunk, store, f"{prefix}/{folder.name}"))
             num_sent += 1
+        joins.store_rest()
     return num_sent
 
 
@@ -93,12 +95,9 @@ def _source(chunk: Path) -> str:
 
 
 def _of_the_dead(folder: Path, source: str) -> Iterator[Path]:
-    with _lock_file(folder, source).open("a+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return  # it lives, and sends them itself
-        yield from _chunks(folder, source)
+    with _lock_file(folder, source) as lock:
+        if _locked(lock):  # otherwise it lives, and sends them itself
+            yield from _chunks(folder, source)
 
 
 def _chunks(folder: Path, source: str) -> list[Path]:
@@ -106,5 +105,15 @@ def _chunks(folder: Path, source: str) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
-def _lock_file(folder: Path, source: str) -> Path:
-    return folder / f"{source}.lock"
+def _lock_file(folder: Path, source: str) -> IO[str]:
+    handle = os.open(folder / f"{source}.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    return os.fdopen(handle, "r+")
+
+
+def _locked(lock: IO[str]) -> bool:
+    """Whether nobody else holds it, so that we do now."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,8 +1,9 @@
-"""What of a job's files may go: checkpoints beyond the retention, and objects that no row names. Pure.
+"""What of a job's files may go: checkpoints beyond the retention, what no row names, joined logs. Pure.
 
 Nothing that may go can ever be named again: an attempt that is over is fenced off, and within the
-attempt that may still write, a checkpoint is refused below one that is committed. So a decision may
-be carried out late, twice, or only in part.
+attempt that may still write, a checkpoint is refused below one that is committed. A piece of log may go
+because a join, which never goes, holds its lines. So a decision may be carried out late, twice, or only
+in part.
 """
 
 import math
@@ -12,8 +13,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from fractions import Fraction
 
+from service.contracts.log_names import LogName
+
 # Everything else below a job's prefix was written for its users and stays.
 _ATTEMPT = re.compile(r"attempts/([1-9]\d*)/")
+_LOG = re.compile(r"logs/attempt-([1-9]\d*)/([^/]+)")
 _CHECKPOINT = re.compile(r"attempts/[1-9]\d*/checkpoints/step-(\d+)/")
 
 
@@ -71,14 +75,22 @@ def garbage(files: JobFiles, retention: Retention | None, *, before: datetime) -
     """
     dropped = tuple(expendable(files.checkpoints, retention)) if retention is not None else ()
     kept = set(files.checkpoints) - set(dropped)
-    over = {seen.number for seen in files.attempts if _is_over(seen, before)}
+    over = ended(files.attempts, before=before)
     unnamed = files.stored - files.named - _paths(kept)
-    released, newest = _paths(dropped), _newest_steps(files.checkpoints)
+    released = _paths(dropped).union(_joined(files.stored, over))
+    newest = _newest_steps(files.checkpoints)
     return Garbage(
         checkpoints=dropped,
         paths=tuple(sorted(path for path in unnamed if path in released or _is_closed(path, over, newest))),
         uploads=frozenset(place for place in files.uploads if _is_abandoned(place, files.attempts, over)),
         settled=all(seen.number in over and seen.gone for seen in files.attempts),
+    )
+
+
+def ended(attempts: Iterable[AttemptSeen], *, before: datetime) -> frozenset[int]:
+    """The numbers of the attempts that have been over since `before`."""
+    return frozenset(
+        seen.number for seen in attempts if seen.over_since is not None and seen.over_since <= before
     )
 
 
@@ -117,8 +129,21 @@ def _newest_steps(checkpoints: Iterable[Committed]) -> dict[int, int]:
     return newest
 
 
-def _is_over(seen: AttemptSeen, before: datetime) -> bool:
-    return seen.over_since is not None and seen.over_since <= before
+def _joined(paths: Iterable[str], over: Collection[int]) -> Iterator[str]:
+    """The pieces of log of these attempts whose lines a join among `paths` holds too."""
+    of_source: dict[tuple[str, str], list[tuple[LogName, str]]] = {}
+    for path in paths:
+        match = _LOG.fullmatch(path)
+        name = LogName.parse(match[2]) if match is not None and int(match[1]) in over else None
+        if match is not None and name is not None:
+            of_source.setdefault((match[1], name.source), []).append((name, path))
+    for found in of_source.values():
+        reach = -1  # of the joins that begin so far
+        for name, path in sorted(found, key=lambda one: (one[0].first, -one[0].last)):
+            if name.joins:
+                reach = max(reach, name.last)
+            elif name.first <= reach:
+                yield path
 
 
 def _is_closed(path: str, over: Collection[int], newest: Mapping[int, int]) -> bool:

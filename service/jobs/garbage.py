@@ -22,7 +22,7 @@ from service.db.engine import Sessions, only_reads
 from service.db.tables import AttemptRow, CheckpointRow, JobRow
 from service.domain import garbage as domain
 from service.domain.garbage import AttemptSeen, Committed, Garbage, JobFiles, Retention
-from service.domain.names import ATTEMPTS, SHARED, job_prefix
+from service.domain.names import ATTEMPTS, SHARED, job_prefix, log_prefix
 from service.store.base import Entry, ObjectStore, Upload, below
 
 _JOBS_A_READ = 500
@@ -59,10 +59,11 @@ class _Found:
     uploads: tuple[Upload, ...]  # not touched since the grace
 
     @classmethod
-    def of(cls, store: ObjectStore, job_id: str, *, before: datetime) -> "_Found":
-        """Look. Blocks."""
+    def of(cls, store: ObjectStore, job_id: str, *, logs_of: Iterable[int], before: datetime) -> "_Found":
+        """Look, at the logs of these attempts alone: those of a live one may be 43,000 a day. Blocks."""
         prefix = job_prefix(job_id)
-        entries = {below(entry.key, prefix): entry for entry in store.list(f"{prefix}/{ATTEMPTS}")}
+        places = [f"{prefix}/{ATTEMPTS}", *(log_prefix(job_id, number) for number in logs_of)]
+        entries = {below(entry.key, prefix): entry for place in places for entry in store.list(place)}
         return cls(entries=entries, uploads=_stale(store, prefix, before=before))
 
 
@@ -94,7 +95,8 @@ async def sweep_job(sessions: Sessions, store: ObjectStore, job_id: str, *, look
     Raises StoreError where the object store fails; what is left then goes with a later pass.
     """
     # Objects first: whatever is written after this look is not judged by it.
-    found = await asyncio.to_thread(_Found.of, store, job_id, before=look.before)
+    logs_of = await _ended(sessions, job_id, before=look.before)
+    found = await asyncio.to_thread(_Found.of, store, job_id, logs_of=logs_of, before=look.before)
     async with sessions.begin() as session:
         await only_reads(session)
         judged = await _judge(session, job_id, found, look=look)
@@ -139,6 +141,15 @@ def retention_of(resolved: Mapping[str, Any]) -> Retention | None:
     return Retention(keep_last=keep_last, keep_every=max(period, Fraction(1)))
 
 
+async def _ended(sessions: Sessions, job_id: str, *, before: datetime) -> list[int]:
+    """The attempts that have been over since `before`, but for those that are known to be clean."""
+    async with sessions.begin() as session:
+        await only_reads(session)
+        job = await _job(session, job_id)
+        over = domain.ended(await _attempts(session, job), before=before)
+    return sorted(number for number in over if number > job.clean_attempt)
+
+
 async def _drop(sessions: Sessions, job_id: str, found: _Found, *, look: Pass) -> _Judged:
     """Judge again with the job locked; from then on the checkpoints that may go do not exist."""
     async with sessions.begin() as session:
@@ -154,10 +165,9 @@ async def _drop(sessions: Sessions, job_id: str, found: _Found, *, look: Pass) -
 async def _judge(
     session: AsyncSession, job_id: str, found: _Found, *, look: Pass, lock: bool = False
 ) -> _Judged:
-    job = await queries.job(session, job_id, lock=lock)
-    assert job is not None, f"jobs are never deleted, {job_id} was"
+    job = await _job(session, job_id, lock=lock)
     # In this order: an attempt that is seen to be over has already named all that it ever will.
-    attempts = tuple(_seen(job, row) for row in await queries.attempts(session, [job_id]))
+    attempts = await _attempts(session, job)
     rows = {_committed(row): row for row in await queries.checkpoints(session, job_id)}
     files = JobFiles(
         attempts=attempts,
@@ -169,6 +179,16 @@ async def _judge(
     garbage = domain.garbage(files, retention_of(job.resolved), before=look.before)
     dropped = [rows[checkpoint] for checkpoint in garbage.checkpoints]
     return _Judged(attempt=job.attempt, garbage=garbage, dropped=dropped)
+
+
+async def _job(session: AsyncSession, job_id: str, *, lock: bool = False) -> JobRow:
+    job = await queries.job(session, job_id, lock=lock)
+    assert job is not None, f"jobs are never deleted, {job_id} was"
+    return job
+
+
+async def _attempts(session: AsyncSession, job: JobRow) -> tuple[AttemptSeen, ...]:
+    return tuple(_seen(job, row) for row in await queries.attempts(session, [job.id]))
 
 
 def _seen(job: JobRow, attempt: AttemptRow) -> AttemptSeen:

@@ -20,7 +20,8 @@ from service.db.upgrade import upgrade
 from service.store import open_store
 from service.store.directory import DirectoryStore
 from tests.fakes.control_plane import ControlPlane, lease_of
-from tests.fakes.garbage_contract import GarbageContract, commit, named, running, steps, stored
+from tests.fakes.garbage_contract import GarbageContract
+from tests.fakes.garbage_scene import commit, named, running, steps, stored
 from tests.fakes.stepping_store import SteppingStore
 from tests.integration.servers import S3_KEYS
 from tests.unit.service.store_contract import Begin

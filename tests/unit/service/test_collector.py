@@ -10,15 +10,18 @@ from pathlib import Path
 
 import pytest
 from pydantic import SecretStr
+from sqlalchemy import update
 
+from service.db.tables import JobRow
 from service.dispatch.loop import dispatch
 from service.dispatch.tracker import Tracker
-from service.domain.names import SHARED, job_prefix
+from service.domain.names import SHARED, job_prefix, log_prefix
 from service.jobs import garbage
 from service.settings import Settings
 from service.store.base import Entries, StoreError, Uploads
 from tests.fakes.control_plane import ControlPlane, control_plane
-from tests.fakes.garbage_contract import GarbageContract, collector, commit, named, running, steps, stored
+from tests.fakes.garbage_contract import GarbageContract
+from tests.fakes.garbage_scene import AFTER_S, collector, commit, failed, named, running, steps, stored
 from tests.fakes.stepping_store import SteppingStore
 from tests.unit.service.store_contract import Begin
 from tests.unit.service.test_store import leave_half
@@ -133,3 +136,26 @@ async def test_dispatcher__removes_garbage_although_ray_is_away(
         await dispatch(settings, plane.sessions, plane.store, open_tracker=no_tracker, stop=stop)
     assert await steps(plane, job_id) == [20, 30]
     assert stored(plane, job_id) == await named(plane, job_id)
+
+
+async def test_logs__of_an_attempt_that_still_writes_or_is_clean_are_not_even_listed(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    await failed(plane, job_id, 1)
+    plane.advance(2 * AFTER_S)
+    await plane.report(job_id, 2)
+    look, places = plane.store.list, list[str]()
+
+    def listed(prefix: str = "") -> Entries:
+        places.append(prefix)
+        return look(prefix)
+
+    monkeypatch.setattr(plane.store, "list", listed)
+    await collector(plane).run_once()
+    assert places == [f"{job_prefix(job_id)}/attempts", log_prefix(job_id, 1)]
+    places.clear()
+    async with plane.sessions.begin() as session:
+        await session.execute(update(JobRow).values(clean_attempt=1))
+    await collector(plane).run_once()
+    assert places == [f"{job_prefix(job_id)}/attempts"]

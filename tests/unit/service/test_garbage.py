@@ -169,6 +169,28 @@ def test_written_for_users__is_never_garbage(path: str) -> None:
     assert judged(path, attempts=[attempt(1, LONG_AGO)]).paths == ()
 
 
+def test_logs__a_piece_goes_once_a_join_beside_it_has_its_lines() -> None:
+    folder = "logs/attempt-1"
+    pieces = [f"{folder}/rank-0-{number:06d}.jsonl" for number in range(5)]
+    others = (
+        f"{folder}/rank-0-000001_000003.jsonl",
+        f"{folder}/rank-1-000002.jsonl",  # another source
+        "logs/attempt-2/rank-0-000002.jsonl",  # another attempt
+        f"{folder}/rank-0-2.jsonl",
+        f"{folder}/deeper/rank-0-000002.jsonl",
+        "logs/rank-0-000002.jsonl",
+        "attempts/9/rank-0-000002.jsonl",
+    )
+    both = [attempt(1, LONG_AGO), attempt(2, LONG_AGO)]
+    assert judged(*pieces, *others, attempts=both).paths == tuple(pieces[1:4])
+    assert judged(*pieces, *others[1:], attempts=both).paths == ()
+    assert judged(*pieces, *others, attempts=both, named=[pieces[2]]).paths == (pieces[1], pieces[3])
+    nested = (f"{folder}/rank-0-000000_000004.jsonl", f"{folder}/rank-0-000001_000002.jsonl")
+    assert judged(*pieces, *nested, attempts=both).paths == tuple(pieces)
+    for over_since in (None, LATELY):
+        assert judged(*pieces, *others, attempts=[attempt(1, over_since), attempt(2)]).paths == ()
+
+
 def test_named__stays_wherever_it_lies() -> None:
     dropped, kept = committed(10), committed(20)
     (shared, _) = sorted(dropped.paths)
@@ -199,8 +221,20 @@ def test_settled__not_before_the_cluster_runs_none_of_them() -> None:
 ATTEMPTS = st.integers(1, 4)
 STEPS = st.integers(0, 12)
 PATHS = st.builds("attempts/{}/checkpoints/step-{}/{}".format, ATTEMPTS, STEPS, st.sampled_from(NAMES))
+LOGS = [
+    f"logs/attempt-{number}/{name}.jsonl"
+    for number in (1, 2)
+    for name in (
+        "driver-000000",
+        "driver-000001",
+        "driver-000002",
+        "driver-000000_000001",
+        "driver-000001_000002",
+        "driver-000000_000002",
+    )
+]
 OTHERS = st.sampled_from(
-    ["spec.json", "encoder/x", "attempts/1/ray/a", "attempts/3/ray/b", "logs/attempt-1/x"]
+    ["spec.json", "encoder/x", "attempts/1/ray/a", "attempts/3/ray/b", "logs/attempt-1/x", *LOGS]
 )
 
 
@@ -226,6 +260,21 @@ RETENTIONS = st.none() | st.builds(
 )
 
 
+def is_joined(path: str, files: JobFiles) -> bool:
+    """A piece of log of an attempt that is long over, whose lines another object holds."""
+    holders = {
+        "driver-000000.jsonl": ["driver-000000_000001.jsonl"],
+        "driver-000001.jsonl": ["driver-000000_000001.jsonl", "driver-000001_000002.jsonl"],
+        "driver-000002.jsonl": ["driver-000001_000002.jsonl"],
+    }
+    all_of_them = "driver-000000_000002.jsonl"
+    folder, _, name = path.rpartition("/")
+    over = {f"logs/attempt-{seen.number}" for seen in files.attempts if seen.over_since == LONG_AGO}
+    if folder not in over or name not in holders:
+        return False
+    return any(f"{folder}/{one}" in files.stored for one in (all_of_them, *holders[name]))
+
+
 def may_go(path: str, files: JobFiles, dropped: Iterable[Committed]) -> bool:
     """One file, judged by the words of docs/decisions/garbage.md."""
     dropped = list(dropped)
@@ -236,6 +285,8 @@ def may_go(path: str, files: JobFiles, dropped: Iterable[Committed]) -> bool:
     if any(path in checkpoint.paths for checkpoint in dropped):
         return True
     parts = path.split("/")
+    if parts[0] == "logs":
+        return is_joined(path, files)
     if parts[0] != "attempts":
         return False
     for seen in files.attempts:
@@ -287,5 +338,5 @@ def test_garbage__cut_after_the_rows_a_second_look_finds_the_same_objects(
         stored=files.stored - deleted,
         uploads=files.uploads,
     )
-    below = {path for path in found.paths if path.startswith("attempts/")} - deleted
+    below = {path for path in found.paths if path.startswith(("attempts/", "logs/"))} - deleted
     assert below <= set(garbage(rest, retention, before=BEFORE).paths)

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -54,8 +55,10 @@ def test_recover__every_line_of_a_killed_process_in_order(tmp_path: Path) -> Non
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert recover(tmp_path, shelf, "jobs/J/logs") == 3
+    written = "".join(f"{n}\n" for n in range(25))
+    assert shelf.pop("jobs/J/logs/attempt-3/rank-0-000000_000002.jsonl") == written.encode()
     assert sorted(shelf) == [f"jobs/J/logs/attempt-3/rank-0-{n:06d}.jsonl" for n in range(3)]
-    assert shelf.text() == "".join(f"{n}\n" for n in range(25))
+    assert shelf.text() == written
     assert recover(tmp_path, shelf, "jobs/J/logs") == 0
 
 
@@ -78,7 +81,7 @@ def test_send__a_store_that_is_away_leaves_the_chunk(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="away"):
         send(spool.chunks()[0], shelf, "logs")
     shelf.away = False
-    assert send(spool.chunks()[0], shelf, "logs") == 1
+    assert send(spool.chunks()[0], shelf, "logs") == b"a\n"
     assert spool.chunks() == []
 
 
@@ -88,3 +91,37 @@ def test_sources__whose_names_begin_alike_are_kept_apart(tmp_path: Path) -> None
     ten.append("ten\n")
     assert [chunk.name for chunk in one.chunks()] == ["rank-1-000000.jsonl"]
     assert [chunk.name for chunk in ten.chunks()] == ["rank-10-000000.jsonl"]
+
+
+def test_numbers__a_full_disk_and_a_kill_bring_none_back(tmp_path: Path) -> None:
+    (tmp_path / "driver-000000.jsonl").symlink_to("/dev/full")
+    spool = Spool(tmp_path, "driver")
+    with pytest.raises(OSError, match="No space left"):
+        spool.append("lost\n")
+    spool.roll()
+    spool.append("kept\n")
+    spool.close()
+    successor = Spool(tmp_path, "driver")
+    successor.append("later\n")
+    assert [chunk.name for chunk in successor.chunks()] == [f"driver-{n:06d}.jsonl" for n in range(3)]
+    assert [chunk.read_text() for chunk in successor.chunks()[1:]] == ["kept\n", "later\n"]
+
+
+def test_numbers__none_is_used_that_could_not_be_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = Spool(tmp_path, "driver")
+    with suppress(OSError), Path("/dev/full").open("w") as full:  # closing it fails too
+        monkeypatch.setattr(spool, "_lock", full)
+        with pytest.raises(OSError, match="No space left"):
+            spool.append("lost\n")
+        assert spool.chunks() == []
+        monkeypatch.undo()
+    spool.append("kept\n")
+    spool.close()
+    assert Spool(tmp_path, "driver").chunks() == [tmp_path / "driver-000001.jsonl"]
+
+
+def test_alone__is_only_one_of_two_of_the_same_name(tmp_path: Path) -> None:
+    first, second = Spool(tmp_path, "driver"), Spool(tmp_path, "driver")
+    assert (first.alone, second.alone) == (True, False)
