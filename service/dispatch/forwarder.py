@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
-from service.db.engine import Sessions, only_reads
+from service.db.engine import OUTAGES, Sessions, only_reads
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import FileRow, JobRow
 from service.dispatch.tracker import (
@@ -71,7 +71,8 @@ class Forwarder:
     async def run_once(self) -> None:
         """Bring the runs of all jobs that were ever launched up to date.
 
-        Raises LeaseLostError once another dispatcher may be at it.
+        Raises LeaseLostError once another dispatcher may be at it, and one of `OUTAGES` when the
+        database is away: it is for the other jobs too.
         """
         for job in await self._unfinished():
             try:
@@ -84,7 +85,7 @@ class Forwarder:
                 await self._give_up(job, str(error))
             except StoreError as error:
                 self._complain(f"pictures of job {job.id} wait: {error}")
-            except LeaseLostError:
+            except (LeaseLostError, *OUTAGES):
                 raise
             except Exception:
                 logger.exception("job %s could not be forwarded", job.id)

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from service.contracts.jobs import JobState as S
 from service.contracts.jobs import MetricPoint
+from service.db import queries
 from service.dispatch.forwarder import Forwarder, describe, flatten
 from service.dispatch.tracker import Outcome
 from service.domain.wishes import Verb
@@ -202,6 +204,24 @@ async def test_deleted_run__is_given_up_and_the_other_jobs_go_on(plane: ControlP
     await sender.run_once()
     assert (await plane.job(first)).mlflow_closed
     assert len(tracker.runs[f"run-{second}"].points) == 1
+
+
+async def test_database_away__ends_the_pass_at_the_first_job(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        await launched(plane)
+    asked: list[object] = []
+
+    async def away(*told: object, **_: object) -> None:
+        asked.append(told)
+        raise OperationalError("SELECT 1", {}, ConnectionError("refused"))
+
+    monkeypatch.setattr(queries, "metrics_beyond", away)
+    with pytest.raises(OperationalError):
+        await forwarder(plane, FakeTracker()).run_once()
+    assert len(asked) == 1
+    assert caplog.records == []
 
 
 async def test_closed_jobs__cost_nothing(plane: ControlPlane) -> None:
