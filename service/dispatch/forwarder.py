@@ -122,8 +122,26 @@ class Forwarder:
         )
         await self._check_lease()
         run_id = await self._tracker.ensure_run(run)
-        await self._write(job.id, mlflow_run_id=run_id)
+        try:
+            await self._write(job.id, mlflow_run_id=run_id)
+        except LeaseLostError:
+            await self._undo_late_begin(job.id)
+            raise
         return run_id
+
+    async def _undo_late_begin(self, job_id: str) -> None:
+        """We slept past the lease before the run was made, or opened again: leave what another one has done.
+
+        Where the row names no run yet, the next holder finds ours by its tag, or removes it at the end.
+        """
+        async with self._sessions.begin() as session:
+            await only_reads(session)
+            job = await queries.job(session, job_id)
+        if job is None or job.mlflow_run_id is None:
+            return
+        await self._tracker.keep_only(job.mlflow_run_id, job_id=job.id)
+        if job.mlflow_closed and job.state in FINAL:
+            await self._end(job, job.mlflow_run_id)
 
     async def _forward_points(self, job: JobRow, run_id: str) -> None:
         mark = job.mlflow_metric_mark
@@ -165,11 +183,17 @@ class Forwarder:
         await self._tracker.log_picture(run_id, picture)
 
     async def _close(self, job: JobRow, run_id: str) -> None:
+        await self._end(job, run_id)
+        # A dispatcher that slept between its check of the lease and its call may have made another one.
+        await self._check_lease()
+        await self._tracker.keep_only(run_id, job_id=job.id)
+        async with self._guarded.begin() as session:
+            await moves.write(session, moves.seen(job), _CLOSED)
+
+    async def _end(self, job: JobRow, run_id: str) -> None:
         description = describe(job, public_url=self._public_url)
         ended_at = job.finished_at or job.updated_at
         await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
-        async with self._guarded.begin() as session:
-            await moves.write(session, moves.seen(job), _CLOSED)
 
     async def _give_up(self, job: JobRow, why: str) -> None:
         """The run was deleted, or the like: say so once, and let the job go on without it."""
