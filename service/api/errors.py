@@ -106,7 +106,11 @@ def _methods_at(request: Request) -> set[str]:
 
 async def _no_database(_request: Request, error: Exception) -> Response:
     logger.error("the database does not answer: %s", error)
-    detail = "the database does not answer; nothing was changed by this request, try again"
+    # The reply to a commit may be what was lost.
+    detail = (
+        "the database does not answer, so it is not certain whether this request was carried out; try again, "
+        "with the same Idempotency-Key where there was one"
+    )
     return problem_response(problem_of(503, code="database_unavailable", detail=detail))
 
 

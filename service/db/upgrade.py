@@ -10,11 +10,14 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, make_url, text
+from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
 
+from service.db import line
+
 _HERE = Path(__file__).parent
+_CONNECT_S = 10.0
 _LOCK = 0x43494D  # of PostgreSQL's advisory locks; any number that nobody else takes
 
 
@@ -38,9 +41,7 @@ def upgrade(database_url: str, *, revision: str = "head") -> None:
         SchemaError: a newer version of the service has upgraded it before.
     """
     url = make_url(database_url)
-    if url.get_backend_name() == "sqlite":
-        url = url.set(drivername="sqlite")
-    engine = create_engine(url, poolclass=NullPool)
+    engine = _engine(url)
     try:
         with engine.begin() as connection:
             if url.get_backend_name() == "postgresql":
@@ -52,6 +53,13 @@ def upgrade(database_url: str, *, revision: str = "head") -> None:
             command.upgrade(config, revision)
     finally:
         engine.dispose()
+
+
+def _engine(url: URL) -> Engine:
+    if url.get_backend_name() == "sqlite":
+        return create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
+    # A server that has vanished is given up, but a statement may take its time: a migration rewrites tables.
+    return create_engine(url, poolclass=NullPool, connect_args=line.parameters(url, connect_s=_CONNECT_S))
 
 
 @cache

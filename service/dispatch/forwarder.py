@@ -17,7 +17,7 @@ from sqlalchemy import select, update
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
-from service.db.engine import Sessions, only_reads
+from service.db.engine import OUTAGES, Sessions, only_reads
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import FileRow, JobRow
 from service.dispatch.tracker import (
@@ -77,7 +77,8 @@ class Forwarder:
     async def run_once(self) -> None:
         """Bring the runs of all jobs that were ever launched up to date.
 
-        Raises LeaseLostError once another dispatcher may be at it.
+        Raises LeaseLostError once another dispatcher may be at it, and one of `OUTAGES` when the
+        database is away: it is for the other jobs too.
         """
         for job in await self._unfinished():
             try:
@@ -90,7 +91,7 @@ class Forwarder:
                 await self._give_up(job, str(error))
             except StoreError as error:
                 self._complain(f"pictures of job {job.id} wait: {error}")
-            except LeaseLostError:
+            except (LeaseLostError, *OUTAGES):
                 raise
             except Exception:
                 logger.exception("job %s could not be forwarded", job.id)
@@ -121,8 +122,26 @@ class Forwarder:
         )
         await self._check_lease()
         run_id = await self._tracker.ensure_run(run)
-        await self._write(job.id, mlflow_run_id=run_id)
+        try:
+            await self._write(job.id, mlflow_run_id=run_id)
+        except LeaseLostError:
+            await self._undo_late_begin(job.id)
+            raise
         return run_id
+
+    async def _undo_late_begin(self, job_id: str) -> None:
+        """We slept past the lease before the run was made, or opened again: leave what another one has done.
+
+        Where the row names no run yet, the next holder finds ours by its tag, or removes it at the end.
+        """
+        async with self._sessions.begin() as session:
+            await only_reads(session)
+            job = await queries.job(session, job_id)
+        if job is None or job.mlflow_run_id is None:
+            return
+        await self._tracker.keep_only(job.mlflow_run_id, job_id=job.id)
+        if job.mlflow_closed and job.state in FINAL:
+            await self._end(job, job.mlflow_run_id)
 
     async def _forward_points(self, job: JobRow, run_id: str) -> None:
         mark = job.mlflow_metric_mark
@@ -164,11 +183,17 @@ class Forwarder:
         await self._tracker.log_picture(run_id, picture)
 
     async def _close(self, job: JobRow, run_id: str) -> None:
+        await self._end(job, run_id)
+        # A dispatcher that slept between its check of the lease and its call may have made another one.
+        await self._check_lease()
+        await self._tracker.keep_only(run_id, job_id=job.id)
+        async with self._guarded.begin() as session:
+            await moves.write(session, moves.seen(job), _CLOSED)
+
+    async def _end(self, job: JobRow, run_id: str) -> None:
         description = describe(job, public_url=self._public_url)
         ended_at = job.finished_at or job.updated_at
         await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
-        async with self._guarded.begin() as session:
-            await moves.write(session, moves.seen(job), _CLOSED)
 
     async def _give_up(self, job: JobRow, why: str) -> None:
         """The run was deleted, or the like: say so once, and let the job go on without it."""

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
-from service.db.engine import Sessions
+from service.db.engine import OUTAGES, Sessions
 from service.jobs import garbage
 from service.jobs.garbage import Pass, Removed
 from service.store.base import ObjectStore, StoreError
@@ -46,7 +46,7 @@ class Collector:
     async def _sweep(self, job_id: str, look: Pass) -> None:
         try:
             _tell(await garbage.sweep_job(self._sessions, self._store, job_id, look=look))
-        except StoreError:
+        except (StoreError, *OUTAGES):
             raise
         except Exception:
             # One job's trouble is not another's.

@@ -42,12 +42,15 @@ class Leadership:
         errors go to the caller. However it ends, the next holder need not wait for the lease's end.
         """
         seen: str | None = None
+        away = False
         while not self._stop.is_set():
             try:
                 lease, other = await self._try(name)
+                away = False
             except (SQLAlchemyError, OSError) as error:
-                logger.warning("lease %s: the database cannot be asked: %s", name, _first_line(error))
-                lease, other = None, None
+                if not away:  # once an outage
+                    logger.warning("lease %s: the database cannot be asked: %s", name, first_line(error))
+                lease, other, away = None, None, True
             if lease is not None:
                 await self._serve(lease, work)
             elif other not in (None, seen):
@@ -84,6 +87,7 @@ class Leadership:
 
     async def _renew(self, lease: Lease, over: asyncio.Event) -> None:
         """Renew the lease until `over` is set, or set it because the lease is lost."""
+        away = False
         while True:
             await pause(over, timeout_s=lease.lasts_s / _RENEWALS)
             if over.is_set():
@@ -91,11 +95,14 @@ class Leadership:
             try:
                 async with self._sessions.begin() as session:
                     await leases.renew(session, lease)
+                away = False
             except LeaseLostError as error:
                 logger.warning("%s", error)
                 over.set()
             except (SQLAlchemyError, OSError) as error:
-                logger.warning("lease %s could not be renewed: %s", lease.name, _first_line(error))
+                if not away:  # once an outage
+                    logger.warning("lease %s could not be renewed: %s", lease.name, first_line(error))
+                away = True
 
     async def _release(self, lease: Lease) -> None:
         """Leave without delay; where the database cannot be told, the lease ends by itself."""
@@ -103,7 +110,7 @@ class Leadership:
             async with asyncio.timeout(_FAREWELL_S), self._sessions.begin() as session:
                 await leases.release(session, lease)
         except (SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
-            logger.warning("lease %s could not be released: %s", lease.name, _first_line(error))
+            logger.warning("lease %s could not be released: %s", lease.name, first_line(error))
 
 
 async def pause(until: asyncio.Event, *, timeout_s: float) -> None:
@@ -113,6 +120,12 @@ async def pause(until: asyncio.Event, *, timeout_s: float) -> None:
             await until.wait()
     except TimeoutError:
         return
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the statement and the links that follow."""
+    lines = str(error).splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 async def _pass_on(first: asyncio.Event, then: asyncio.Event) -> None:
@@ -126,8 +139,3 @@ async def _end(helpers: list[asyncio.Task[None]]) -> None:
     for helper in helpers:
         helper.cancel()
     await asyncio.gather(*helpers, return_exceptions=True)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -4,12 +4,13 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
-from service.db.engine import Sessions
+from service.db.engine import OUTAGES, Sessions
 from service.db.leases import Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder
 from service.dispatch.garbage import Collector
-from service.dispatch.leadership import Leadership, Work, pause, replica_name
+from service.dispatch.leadership import Leadership, Work, first_line, pause, replica_name
 from service.dispatch.ray_launcher import RayLauncher
 from service.dispatch.reconciler import Reconciler, Rules
 from service.dispatch.tracker import Tracker
@@ -86,20 +87,40 @@ async def repeat(work: Callable[[], Awaitable[None]], *, every_s: float, stop: a
 
     Raises LeaseLostError as soon as `work` does.
     """
-    num_failures = 0
+    failures = _Failures()
     while not stop.is_set():
         try:
             await work()
-            num_failures = 0
+            failures.over()
         except LeaseLostError:
             raise
-        except Exception:
-            # The database may be away; whatever it was, the next pass starts from what is there.
-            num_failures += 1
-            logger.exception("a pass failed, %d in a row", num_failures)
-        pause_s = min(every_s * 2 ** min(num_failures, 10), max(every_s, _MAX_PAUSE_S))
+        except Exception as error:
+            # Whatever it was, the next pass starts from what is there.
+            failures.tell(error)
+        pause_s = min(every_s * 2 ** min(failures.num_in_a_row, 10), max(every_s, _MAX_PAUSE_S))
         # Several dispatchers shall not knock at the same moment.
         await pause(stop, timeout_s=pause_s * random.uniform(0.9, 1.1))
+
+
+class _Failures:
+    """Failed passes in a row. The database's absence is told once, anything else each time and in full."""
+
+    def __init__(self) -> None:
+        self.num_in_a_row = 0
+        self._away = False
+
+    def tell(self, error: Exception) -> None:
+        self.num_in_a_row += 1
+        if not isinstance(error, OUTAGES):
+            logger.error("a pass failed, %d in a row", self.num_in_a_row, exc_info=error)
+        elif not self._away:
+            logger.warning("the database does not answer: %s", first_line(error))
+            self._away = True
+
+    def over(self) -> None:
+        if self._away:
+            logger.info("the database answers again")
+        self.num_in_a_row, self._away = 0, False
 
 
 def _forwarding(
@@ -109,7 +130,8 @@ def _forwarding(
         forwarder = Forwarder(sessions, tracker, store, lease=lease, public_url=settings.public_url)
         await repeat(forwarder.run_once, every_s=settings.forward_every_s, stop=over)
         if stop.is_set():
-            # What ended in the last second is still worth a try.
-            await forwarder.run_once()
+            # What ended in the last second is still worth a try, but no trouble at the end.
+            with suppress(*OUTAGES):
+                await forwarder.run_once()
 
     return forward

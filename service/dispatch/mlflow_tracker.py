@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import requests
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, ViewType
+from mlflow.entities import Metric, Param, Run, ViewType
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
@@ -63,10 +63,21 @@ class MlflowTracker:
         await self._call(self._client.set_tag, run_id, _NOTE_TAG, description)
         await self._call(self._client.set_terminated, run_id, str(outcome), _ms(ended_at))
 
+    async def keep_only(self, run_id: str, *, job_id: str) -> None:
+        """MLflow keeps what is deleted for its users to restore, until `mlflow gc`."""
+        await self._call(self._keep_only, run_id, job_id)
+
+    def _keep_only(self, run_id: str, job_id: str) -> None:
+        for run in self._runs_of(job_id, ViewType.ACTIVE_ONLY):
+            if run.info.run_id != run_id:
+                self._client.delete_run(run.info.run_id)
+
+    def _runs_of(self, job_id: str, view: int) -> list[Run]:
+        wanted = f"tags.`{JOB_TAG}` = '{job_id}'"
+        return list(self._client.search_runs([self._ensure_experiment()], wanted, view))
+
     def _ensure_run(self, run: NewRun) -> str:
-        experiment_id = self._ensure_experiment()
-        wanted = f"tags.`{JOB_TAG}` = '{run.job_id}'"
-        found = self._client.search_runs([experiment_id], wanted, ViewType.ALL, max_results=1)
+        found = self._runs_of(run.job_id, ViewType.ALL)
         if found:
             run_id = str(found[0].info.run_id)
             if found[0].info.status != _RUNNING:
@@ -74,7 +85,7 @@ class MlflowTracker:
                 self._client.update_run(run_id, status=_RUNNING)
         else:
             tags = {**run.tags, JOB_TAG: run.job_id, _NOTE_TAG: run.description}
-            made = self._client.create_run(experiment_id, _ms(run.started_at), tags, run.name)
+            made = self._client.create_run(self._ensure_experiment(), _ms(run.started_at), tags, run.name)
             run_id = str(made.info.run_id)
         # An earlier try may have ended between the run and its parameters; the same again is fine.
         for params in _portions([Param(k, v) for k, v in run.params.items()], _MAX_PARAMS):

@@ -19,7 +19,7 @@ from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import claim_code
 from service.db import moves
-from service.db.engine import Sessions
+from service.db.engine import OUTAGES, Sessions
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.dispatch import observe, record
 from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
@@ -159,7 +159,7 @@ class Reconciler:
         """Act on one decision. One job's trouble is not another's."""
         try:
             await self._act(observed, decided)
-        except LeaseLostError:
+        except (LeaseLostError, *OUTAGES):
             raise
         except LauncherUnavailableError as error:
             self._complain(error)

@@ -79,3 +79,7 @@ class Tracker(Protocol):
     async def close(self, run_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
         """End the run, with its last description."""
         ...
+
+    async def keep_only(self, run_id: str, *, job_id: str) -> None:
+        """Delete every run of the job but this one."""
+        ...

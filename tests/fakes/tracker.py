@@ -65,6 +65,12 @@ class FakeTracker:
         run.outcome, run.description = outcome, description
         self._reply()
 
+    async def keep_only(self, run_id: str, *, job_id: str) -> None:
+        self._check()
+        others = {other for other, run in self.runs.items() if run.new.job_id == job_id} - {run_id}
+        self.deleted |= others
+        self._reply()
+
     def _run(self, run_id: str) -> FakeRun:
         self._check()
         if run_id in self.deleted or run_id not in self.runs:

@@ -29,6 +29,14 @@ class Record(Protocol):
         """Status and description."""
         ...
 
+    def double(self, run_id: str) -> str:
+        """Make another run of the same job, which nobody names; returns its id."""
+        ...
+
+    def is_listed(self, run_id: str) -> bool:
+        """Whether a person still sees it among the runs."""
+        ...
+
     def delete(self, run_id: str) -> None:
         """What a user may do at any time."""
         ...
@@ -109,3 +117,15 @@ class TrackerContract:
         record.delete(run_id)
         with pytest.raises(TrackerRefusedError):
             await tracker.log_points(run_id, [point(1, 1.0)])
+
+    async def test_keep_only__leaves_one_run_of_the_job_and_those_of_others(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run, other_job = new_run(), await tracker.ensure_run(new_run())
+        run_id = await tracker.ensure_run(run)
+        doubles = [record.double(run_id) for _ in range(2)]
+        for _ in range(2):
+            await tracker.keep_only(run_id, job_id=run.job_id)
+        assert record.is_listed(run_id)
+        assert record.is_listed(other_job)
+        assert not any(record.is_listed(double) for double in doubles)

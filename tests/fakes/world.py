@@ -17,7 +17,7 @@ from service.contracts.allowed import EVERYTHING
 from service.contracts.jobs import JobState
 from service.contracts.tokens import claim_code, digest_of
 from service.db import moves, queries
-from service.db.engine import Sessions, create_engine, create_sessions
+from service.db.engine import Patience, Sessions, create_engine, create_sessions
 from service.db.tables import AttemptRow, JobRow
 from service.domain.names import job_prefix, submission_id
 from service.settings import Settings
@@ -189,7 +189,12 @@ class World:
 
 @asynccontextmanager
 async def open_world(
-    database_url: str, folder: Path, *, allowed_storage: str = EVERYTHING, store: ObjectStore | None = None
+    database_url: str,
+    folder: Path,
+    *,
+    allowed_storage: str = EVERYTHING,
+    store: ObjectStore | None = None,
+    patience: Patience | None = None,
 ) -> AsyncIterator[World]:
     """A world on a migrated database; closed with every connection of it."""
     images = folder / "images"
@@ -206,7 +211,7 @@ async def open_world(
         allowed_storage=allowed_storage,
         shared_filesystem=True,
     )
-    engine = create_engine(database_url)
+    engine = create_engine(database_url, patience=patience)
     sessions, clock = create_sessions(engine), Clock()
     store = store or DirectoryStore(folder / "store")
     costs = FakeCosts()

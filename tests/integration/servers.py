@@ -64,10 +64,9 @@ def ray_head(folder: Path, *, num_cpus: int = 2) -> Iterator[RayCluster]:
 
 
 @contextmanager
-def mlflow_server(folder: Path) -> Iterator[str]:
-    """The address of an MLflow server, as embedded mode starts it."""
-    (port,) = free_ports(1)
-    made = MlflowServer(port=port, folder=folder)
+def mlflow_server(folder: Path, *, port: int | None = None) -> Iterator[str]:
+    """The address of an MLflow server, as embedded mode starts it; by default on any free port."""
+    made = MlflowServer(port=port or free_ports(1)[0], folder=folder)
 
     def ready() -> bool:
         return httpx.get(f"{made.url}/health", trust_env=False).is_success

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.protos import databricks_pb2
 
-from service.dispatch.mlflow_tracker import MlflowTracker
+from service.dispatch.mlflow_tracker import JOB_TAG, MlflowTracker
 from service.dispatch.tracker import TrackerFailedError, TrackerRefusedError, TrackerUnavailableError
 from service.local_servers import free_ports
 from tests.fakes.tracker_contract import TrackerContract, new_run
@@ -54,6 +55,14 @@ class MlflowRecord:
     def status(self, run_id: str) -> tuple[str, str]:
         run = self._client.get_run(run_id)
         return run.info.status, run.data.tags["mlflow.note.content"]
+
+    def double(self, run_id: str) -> str:
+        run = self._client.get_run(run_id)
+        made = self._client.create_run(run.info.experiment_id, tags={JOB_TAG: run.data.tags[JOB_TAG]})
+        return str(made.info.run_id)
+
+    def is_listed(self, run_id: str) -> bool:
+        return bool(self._client.get_run(run_id).info.lifecycle_stage == LifecycleStage.ACTIVE)
 
     def delete(self, run_id: str) -> None:
         self._client.delete_run(run_id)

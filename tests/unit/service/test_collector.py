@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 from sqlalchemy import update
+from sqlalchemy.exc import OperationalError
 
 from service.db.tables import JobRow
 from service.dispatch.loop import dispatch
@@ -97,6 +98,23 @@ async def test_one_broken_job__does_not_stop_the_others(
     await collector(plane).run_once()
     assert [await steps(plane, job_id) for job_id in ids] == [[10, 20, 30], [20, 30]]
     assert "could not be looked through" in caplog.text
+
+
+async def test_database_away__ends_the_pass_at_the_first_job(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        await commit(plane, await running(plane), 1, 10, 20, 30)
+    asked: list[object] = []
+
+    async def away(*told: object, **_: object) -> None:
+        asked.append(told)
+        raise OperationalError("SELECT 1", {}, ConnectionError("refused"))
+
+    monkeypatch.setattr(garbage, "sweep_job", away)
+    with pytest.raises(OperationalError):
+        await collector(plane).run_once()
+    assert len(asked) == 1
 
 
 async def test_jobs__all_are_found_in_several_reads(

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from service.contracts.jobs import JobState as S
 from service.contracts.jobs import MetricPoint
+from service.db import leases, queries
+from service.db.leases import Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder, describe, flatten
-from service.dispatch.tracker import Outcome
+from service.dispatch.tracker import NewRun, Outcome
 from service.domain.wishes import Verb
 from service.jobs.wishes import ask
-from tests.fakes.control_plane import ControlPlane, control_plane
+from tests.fakes.control_plane import ControlPlane, control_plane, lease_of
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.launcher_contract import LauncherContract
-from tests.fakes.tracker import FakeTracker
+from tests.fakes.tracker import FakeRun, FakeTracker
 from tests.fakes.tracker_contract import TrackerContract, png
 
 URL = "http://api:8000"
@@ -58,6 +61,14 @@ class FakeRecord:
     def status(self, run_id: str) -> tuple[str, str]:
         run = self._tracker.runs[run_id]
         return str(run.outcome or "RUNNING"), run.description
+
+    def double(self, run_id: str) -> str:
+        other = f"{run_id}-{len(self._tracker.runs)}"
+        self._tracker.runs[other] = FakeRun(self._tracker.runs[run_id].new)
+        return other
+
+    def is_listed(self, run_id: str) -> bool:
+        return run_id in self._tracker.runs and run_id not in self._tracker.deleted
 
     def delete(self, run_id: str) -> None:
         self._tracker.deleted.add(run_id)
@@ -202,6 +213,69 @@ async def test_deleted_run__is_given_up_and_the_other_jobs_go_on(plane: ControlP
     await sender.run_once()
     assert (await plane.job(first)).mlflow_closed
     assert len(tracker.runs[f"run-{second}"].points) == 1
+
+
+async def test_database_away__ends_the_pass_at_the_first_job(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        await launched(plane)
+    asked: list[object] = []
+
+    async def away(*told: object, **_: object) -> None:
+        asked.append(told)
+        raise OperationalError("SELECT 1", {}, ConnectionError("refused"))
+
+    monkeypatch.setattr(queries, "metrics_beyond", away)
+    with pytest.raises(OperationalError):
+        await forwarder(plane, FakeTracker()).run_once()
+    assert len(asked) == 1
+    assert caplog.records == []
+
+
+async def test_close__removes_the_run_that_a_sleeping_dispatcher_made_beside(plane: ControlPlane) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    double = FakeRecord(tracker).double(f"run-{job_id}")
+    await plane.finish(job_id, 1)
+    await sender.run_once()
+    assert tracker.deleted == {double}
+    assert tracker.runs[f"run-{job_id}"].outcome is Outcome.FINISHED
+
+
+async def _take_over(plane: ControlPlane) -> Lease:
+    """The lease, for the next dispatcher; who had it before does not know."""
+    async with plane.sessions.begin() as session:
+        await leases.release(session, plane.lease)
+    return await lease_of(plane.sessions)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_sleeper__that_makes_its_run_after_the_take_over_removes_it_again(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, *, ended: bool
+) -> None:
+    """It sleeps between its check of the lease and the call; another one does everything meanwhile."""
+    job_id, tracker = await launched(plane), FakeTracker()
+    late, first, make = forwarder(plane, tracker), f"run-{job_id}", tracker.ensure_run
+
+    async def make_late(run: NewRun) -> str:
+        monkeypatch.setattr(tracker, "ensure_run", make)
+        plane.lease = await _take_over(plane)
+        await forwarder(plane, tracker).run_once()
+        if ended:
+            await plane.finish(job_id, 1)
+            await forwarder(plane, tracker).run_once()
+            assert tracker.runs[first].outcome is Outcome.FINISHED
+        await make(run)  # finds the run by its tag, and opens it again
+        return FakeRecord(tracker).double(first)
+
+    monkeypatch.setattr(tracker, "ensure_run", make_late)
+    with pytest.raises(LeaseLostError):
+        await late.run_once()
+    assert tracker.deleted == set(tracker.runs) - {first}
+    assert len(tracker.deleted) == 1
+    assert tracker.runs[first].outcome is (Outcome.FINISHED if ended else None)
 
 
 async def test_closed_jobs__cost_nothing(plane: ControlPlane) -> None:

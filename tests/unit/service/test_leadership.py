@@ -1,6 +1,7 @@
 """Two dispatchers in one process, on one real database."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ from typing import Any, cast
 
 import pytest
 from sqlalchemy import update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from service.db import leases
 from service.db.engine import Sessions
@@ -201,9 +203,33 @@ async def test_repeat__goes_on_after_a_failure_and_ends_with_the_lease() -> None
     assert errors == []
 
 
-async def test_database_away__is_waited_for(world: World) -> None:
-    away = AwaySessions(world.sessions, num_refused=3)
+async def test_repeat__tells_an_outage_of_the_database_once_and_a_bug_in_full(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    away = OperationalError("SELECT 1", {}, ConnectionError("refused"))
+    passes = [away, InterfaceError("", {}, OSError("closed")), PoolTimeoutError("none is free")]
+    results = [*passes, RuntimeError("a bug"), away, None, away, LeaseLostError("lost")]
+
+    async def work() -> None:
+        if (error := results.pop(0)) is not None:
+            raise error
+
+    caplog.set_level(logging.INFO, logger="service.dispatch.loop")
+    with pytest.raises(LeaseLostError):
+        await repeat(work, every_s=0.001, stop=asyncio.Event())
+    told = [(record.getMessage(), record.exc_info is not None) for record in caplog.records]
+    outage = ("the database does not answer: (builtins.ConnectionError) refused", False)
+    bug, end = ("a pass failed, 4 in a row", True), ("the database answers again", False)
+    assert told == [outage, bug, end, outage]
+
+
+async def test_database_away__is_waited_for_and_told_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = AwaySessions(world.sessions, num_refused=4)
     replica = Replica(cast("Sessions", away), "one", lease_s=0.8)
     async with started(replica):
         await replica.until(1)
     assert away.left == 0
+    told = [record.getMessage() for record in caplog.records]
+    assert sum("cannot be asked" in text for text in told) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from service.contracts.jobs import FINAL, Desired, FailureKind, LogLine
 from service.contracts.jobs import JobState as S
@@ -339,3 +340,21 @@ async def _drive(plane: ControlPlane, job_id: str, *, cancelled: bool) -> None:
         ended = all(attempt.ray_ended_at for attempt in await plane.attempts(job_id))
         if ended and (await plane.job(job_id)).state in FINAL:
             return
+
+
+async def test_database_away__ends_the_pass_at_the_first_write(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for _ in range(3):
+        await plane.submit()
+    asked: list[object] = []
+
+    async def away(*told: object, **_: object) -> None:
+        asked.append(told)
+        raise OperationalError("SELECT 1", {}, ConnectionError("refused"))
+
+    monkeypatch.setattr(record, "raise_fence", away)
+    with pytest.raises(OperationalError):
+        await plane.reconciler().run_once()
+    assert len(asked) == 1
+    assert "Traceback" not in caplog.text
