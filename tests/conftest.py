@@ -1,13 +1,25 @@
 """Fixtures of every service test: a database at the present schema, and the API around it."""
 
+import logging
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 
 from service.db.upgrade import upgrade
 from tests.fakes.world import World, open_world
+from workers.logs import OUR_LOGGERS
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """A test that raises them, as workers do, shall not make those after it talk."""
+    loggers = [logging.getLogger(name) for name in ("", *OUR_LOGGERS)]
+    levels = [logger.level for logger in loggers]
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -89,20 +89,20 @@ async def test_limits__a_body_of_unknown_length_is_counted(world: World) -> None
 async def test_database__its_absence_is_503_and_not_our_fault(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise OperationalError("SELECT 1", {}, Exception("connection refused by 10.0.0.1"))
 
-    monkeypatch.setattr("service.db.queries._filtered", refuse)
+    monkeypatch.setattr("service.db.queries.newest", refuse)
     told = problem(await world.client.get("/v1/jobs"))
     assert (told.status, told.code) == (503, "database_unavailable")
     assert "10.0.0.1" not in told.detail
 
 
 async def test_bug__is_500_without_details(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("secret detail")
 
-    monkeypatch.setattr("service.db.queries._filtered", fail)
+    monkeypatch.setattr("service.db.queries.newest", fail)
     answer = await world.client.get("/v1/jobs")
     assert (problem(answer).code, "secret" in answer.text) == ("internal", False)
 
