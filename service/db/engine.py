@@ -52,6 +52,7 @@ def create_engine(
         engine = create_async_engine(url)
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
         return engine
     return _create_postgres(url, idle_limit_s=idle_limit_s, patience=patience or Patience())
 
@@ -109,6 +110,12 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:
     cursor.execute("PRAGMA synchronous = FULL")
     cursor.execute("PRAGMA foreign_keys = ON")
     cursor.close()
+
+
+def _roll_back_sqlite(connection: Any, _record: object, _error: object) -> None:
+    # Closing alone does not end the transaction of a connection that was cut off in the middle of a read:
+    # it would lock every writer out until the garbage collector finds the cursor.
+    connection.rollback()
 
 
 def _begin_sqlite(connection: Connection) -> None:
