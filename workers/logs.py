@@ -85,7 +85,8 @@ class LogShipper(logging.Handler):
             with self._handler_lock():
                 self._note_dropped()
                 self._spool.roll()
-            for chunk in self._spool.chunks():
+                chunks = self._spool.chunks()  # with the lock held: a chunk that is begun later stays
+            for chunk in chunks:
                 try:
                     sent = send(chunk, self._store, self._prefix)
                 except Exception as error:
@@ -94,8 +95,7 @@ class LogShipper(logging.Handler):
                     return False
                 with self._handler_lock():
                     self._waiting = max(0, self._waiting - sent.count(b"\n"))
-                if self._spool.alone:  # otherwise somebody may still add to the piece
-                    self._joins.add(chunk.name, sent)
+                self._joins.add(chunk.name, sent)
             return True
 
     def close(self, *, tries: int = 3, pause_s: float = 1.0) -> None:

@@ -9,6 +9,7 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import IO
 
@@ -19,14 +20,16 @@ LOGS = "logs"  # the folder of a job's spools, beside its downloads
 
 
 class Spool:
-    """The chunks `{source}-{seq:06d}.jsonl` of one process. Its lock file holds the next number."""
+    """The chunks `{source}-{seq:06d}.jsonl` of one process. Its lock file holds the next number.
+
+    Beside a process of the same name that does not end, its chunks are those of `{source}.2`: whoever
+    shared a chunk would delete it under the other's feet.
+    """
 
     def __init__(self, folder: Path, source: str) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._folder, self._source = folder, source
-        self._lock = _lock_file(folder, source)
-        # Another holder is a process of the same name that does not end; both may write, chunks are appended.
-        self.alone = _locked(self._lock)
+        self._folder = folder
+        self._source, self._lock = _own(folder, source)
         self._seq = int(self._lock.read().strip() or 0)
         self._open: IO[str] | None = None
 
@@ -47,7 +50,7 @@ class Spool:
                 chunk.close()
 
     def chunks(self) -> list[Path]:
-        """What waits, in order; call `roll` before."""
+        """What waits, in order. Right after `roll`, before the next `append`, all of it may be sent."""
         return _chunks(self._folder, self._source)
 
     def close(self) -> None:
@@ -103,6 +106,16 @@ def _of_the_dead(folder: Path, source: str) -> Iterator[Path]:
 def _chunks(folder: Path, source: str) -> list[Path]:
     found = (path for path in folder.glob("*.jsonl") if _source(path) == source)
     return sorted(found, key=lambda path: (len(path.name), path.name))
+
+
+def _own(folder: Path, source: str) -> tuple[str, IO[str]]:
+    """The first free name of `source`, `source.2`, `source.3` ... and its lock, which is held."""
+    for name in chain([source], (f"{source}.{number}" for number in count(2))):
+        lock = _lock_file(folder, name)
+        if _locked(lock):
+            return name, lock
+        lock.close()
+    raise AssertionError("there is always a next number")
 
 
 def _lock_file(folder: Path, source: str) -> IO[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from service.contracts.log_names import LogName
 from workers.joins import JOIN_BYTES, JOIN_PIECES, Joins
 from workers.logs import LogShipper
-from workers.spool import Spool, recover
+from workers.spool import recover
 
 
 class Shelf(dict[str, bytes]):
@@ -113,16 +113,6 @@ def test_killed__between_the_last_piece_and_its_join_nothing_is_lost(tmp_path: P
     ship(successor, *texts(0, 2))
     successor.close()
     assert shelf.joins() == {(65, 66): b"".join(shelf.pieces()[65:])}
-
-
-def test_ship__two_of_the_same_name_join_nothing_that_is_not_theirs_alone(tmp_path: Path) -> None:
-    shelf = Shelf()
-    holder = Spool(tmp_path / "attempt-1", "rank-0")
-    made = shipper(shelf, tmp_path)
-    ship(made, *texts(0, JOIN_PIECES))
-    made.close()
-    holder.close()
-    assert shelf.joins() == {}
 
 
 PIECES = st.lists(

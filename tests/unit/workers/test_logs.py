@@ -1,5 +1,6 @@
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -106,6 +107,27 @@ def test_ship__lines_wait_while_the_store_is_away(shipper: LogShipper, shelf: Sh
     shelf.away = False
     assert shipper.ship()
     assert shelf.messages() == ["one", "two"]
+
+
+def test_ship__a_line_that_comes_while_the_chunks_are_listed_takes_none_with_it(
+    shipper: LogShipper, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log.info("before")
+    listed = Spool.chunks
+    speaker = threading.Thread(target=log.info, args=("meanwhile",))
+
+    def listed_late(spool: Spool) -> list[Path]:
+        speaker.start()
+        speaker.join(timeout=0.2)  # it has to wait until they are listed
+        return listed(spool)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "chunks", listed_late)
+        shipper.ship()
+    speaker.join()
+    log.info("after")
+    shipper.ship()
+    assert sorted(shelf.messages()) == ["after", "before", "meanwhile"]
 
 
 def test_close__ships_the_rest_once(shipper: LogShipper, shelf: Shelf) -> None:

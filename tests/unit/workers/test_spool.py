@@ -122,6 +122,22 @@ def test_numbers__none_is_used_that_could_not_be_written_down(
     assert Spool(tmp_path, "driver").chunks() == [tmp_path / "driver-000001.jsonl"]
 
 
-def test_alone__is_only_one_of_two_of_the_same_name(tmp_path: Path) -> None:
-    first, second = Spool(tmp_path, "driver"), Spool(tmp_path, "driver")
-    assert (first.alone, second.alone) == (True, False)
+def test_spool__two_of_the_same_name_share_no_chunk(tmp_path: Path) -> None:
+    shelf, first, second = Shelf(), Spool(tmp_path, "driver"), Spool(tmp_path, "driver")
+    for spool in (first, second, first):
+        spool.append("a line\n")
+    second.roll()
+    for chunk in second.chunks():
+        send(chunk, shelf, "logs")
+    first.append("the last\n")
+    assert [chunk.read_text() for chunk in first.chunks()] == ["a line\na line\nthe last\n"]
+    assert shelf == {"logs/driver.2-000000.jsonl": b"a line\n"}
+
+
+def test_recover__what_two_of_the_same_name_left(tmp_path: Path) -> None:
+    shelf, spools = Shelf(), [Spool(tmp_path / "attempt-1", "driver") for _ in range(2)]
+    for number, spool in enumerate(spools):
+        spool.append(f"{number}\n")
+        spool.close()
+    assert recover(tmp_path, shelf, "logs") == 2
+    assert shelf.text() == "0\n1\n"
