@@ -129,6 +129,9 @@ def listen(host: str, port: int) -> socket.socket:
     if not ip_address(address).is_loopback:
         bound.close()
         raise OSError(f"{host} leads to {address} on this machine, which is not loopback; use 127.0.0.1")
+    # Connections inherit it. asyncio sets it only where a socket names its protocol, and this one does not;
+    # a short answer then waits 40 ms for the client's acknowledgement of its head.
+    bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return bound
 
 

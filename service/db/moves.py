@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-from sqlalchemy import Table, bindparam, func, update
+from sqlalchemy import func, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, Desired, JobState
@@ -100,14 +100,16 @@ async def write(session: AsyncSession, seen: Seen, columns: Mapping[str, Any]) -
 
 async def write_reasons(session: AsyncSession, told: Sequence[tuple[Seen, str]], *, now: datetime) -> None:
     """Write why jobs wait; those that have moved since the caller looked keep theirs."""
-    table = cast(Table, JobRow.__table__)
-    statement = (
-        update(table)
-        .where(table.c.id == bindparam("job"), table.c.version == bindparam("seen"))
-        .values(reason=bindparam("told"), updated_at=now)
-    )
-    rows = [{"job": seen.id, "seen": seen.version, "told": text} for seen, text in told]
-    await (await session.connection()).execute(statement, rows)
+    alike: dict[tuple[str, int], list[str]] = {}
+    for seen, text in told:
+        alike.setdefault((text, seen.version), []).append(seen.id)
+    for (text, version), ids in alike.items():  # few: most of a queue waits for its turn
+        await session.execute(
+            update(JobRow)
+            .where(JobRow.id.in_(ids), JobRow.version == version)
+            .values(reason=text, updated_at=now)
+            .execution_options(synchronize_session=False)
+        )
 
 
 def note(session: AsyncSession, job_id: str, *, actor: Actor, message: str, now: datetime) -> None:

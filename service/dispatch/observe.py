@@ -1,6 +1,6 @@
 """The dispatcher's reads: rows in, plain facts out. Short transactions, nothing is written."""
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -19,28 +19,28 @@ from service.domain.queueing import Needs
 
 _LEFTOVERS_A_PASS = 50
 _ROWS_A_TURN = 1000
-_OPEN = JobRow.state.in_(frozenset(JobState) - FINAL)
+_BUSY = frozenset(JobState) - FINAL - {JobState.QUEUED}
 # Not whole rows: a pass over ten thousand jobs shall not read ten thousand specs.
-_JOBS = (
-    select(
-        JobRow.id,
-        JobRow.state,
-        JobRow.version,
-        JobRow.desired,
-        JobRow.desired_at,
-        JobRow.reason,
-        JobRow.priority,
-        JobRow.inputs_wait,
-        JobRow.attempt,
-        JobRow.max_attempts,
-        JobRow.forgiven_attempts,
-        JobRow.not_before,
-        JobRow.created_at,
-        JobRow.resolved["resources"].label("resources"),
-        JobRow.resolved["limits"].label("limits"),
-    )
-    .where(_OPEN)
-    .order_by(JobRow.created_at, JobRow.id)
+_JOBS = select(
+    JobRow.id,
+    JobRow.state,
+    JobRow.version,
+    JobRow.desired,
+    JobRow.desired_at,
+    JobRow.reason,
+    JobRow.priority,
+    JobRow.inputs_wait,
+    JobRow.attempt,
+    JobRow.max_attempts,
+    JobRow.forgiven_attempts,
+    JobRow.not_before,
+    JobRow.created_at,
+    JobRow.resolved["resources"].label("resources"),
+    JobRow.resolved["limits"].label("limits"),
+)
+_BUSY_JOBS = _JOBS.where(JobRow.state.in_(_BUSY)).order_by(JobRow.created_at, JobRow.id)
+_QUEUE = _JOBS.where(JobRow.state == JobState.QUEUED).order_by(
+    JobRow.priority.desc(), JobRow.created_at, JobRow.id
 )
 _ATTEMPTS = (
     select(
@@ -54,7 +54,6 @@ _ATTEMPTS = (
         AttemptRow.failure_kind,
     )
     .join(JobRow, JobRow.id == AttemptRow.job_id)
-    .where(_OPEN)
     .order_by(AttemptRow.job_id, AttemptRow.number)
 )
 LEFTOVERS = (
@@ -93,12 +92,18 @@ class Leftover:
     over_since: datetime
 
 
-async def open_jobs(sessions: Sessions, *, now: datetime) -> list[Observed]:
-    """Every job that is not final, with its attempts and the jobs it needs, oldest first."""
+async def open_jobs(sessions: Sessions, *, now: datetime, most_queued: int | None = None) -> list[Observed]:
+    """Every job that is not final, with its attempts and the jobs it needs.
+
+    The queue comes first, in the order in which it is served; of it the first `most_queued` alone.
+    """
     async with sessions.begin() as session:
         await only_reads(session)
-        rows = [row async for part in _in_parts(session, _JOBS) for row in part]
-        attempts = await _attempts(session)
+        queue = [row async for part in _in_parts(session, _QUEUE.limit(most_queued)) for row in part]
+        busy = {row.id: row async for part in _in_parts(session, _BUSY_JOBS) for row in part}
+        queued = [row for row in queue if row.id not in busy]  # one may have moved in between
+        rows = [*queued, *busy.values()]
+        attempts = await _attempts(session, again=[row.id for row in queued if row.attempt])
         needed = await _dependencies(session, sorted({i for row in rows for i in row.inputs_wait}))
     return [_observed(row, attempts.get(row.id, []), needed, now=now) for row in rows]
 
@@ -128,21 +133,28 @@ async def _in_parts(
         yield part
 
 
-async def _attempts(session: AsyncSession) -> dict[str, list[Row[Any]]]:
+async def _attempts(session: AsyncSession, *, again: Sequence[str]) -> dict[str, list[Row[Any]]]:
+    """The attempts of all busy jobs and of those that are queued again, by job."""
     of: dict[str, list[Row[Any]]] = {}
-    async for part in _in_parts(session, _ATTEMPTS):
-        for attempt in part:
-            of.setdefault(attempt.job_id, []).append(attempt)
+    conditions = [JobRow.state.in_(_BUSY), *(JobRow.id.in_(some) for some in _portions(again))]
+    for condition in conditions:
+        async for part in _in_parts(session, _ATTEMPTS.where(condition)):
+            for attempt in part:
+                of.setdefault(attempt.job_id, []).append(attempt)
     return of
 
 
 async def _dependencies(session: AsyncSession, ids: Sequence[str]) -> dict[str, Row[Any]]:
     found: dict[str, Row[Any]] = {}
-    for first in range(0, len(ids), _ROWS_A_TURN):
-        some = ids[first : first + _ROWS_A_TURN]  # a statement cannot name any number of them
+    for some in _portions(ids):
         query = select(JobRow.id, JobRow.name, JobRow.state, JobRow.reason).where(JobRow.id.in_(some))
         found |= {row.id: row for row in await session.execute(query)}
     return found
+
+
+def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
+    """A statement cannot name any number of them."""
+    return (ids[first : first + _ROWS_A_TURN] for first in range(0, len(ids), _ROWS_A_TURN))
 
 
 def _observed(

@@ -1,4 +1,4 @@
-"""One pass over all open jobs: observe, decide, act, record.
+"""One pass over all open jobs (of a long queue mostly its head): observe, decide, act, record.
 
 Level-triggered: a pass looks at how things are, never at what happened. Whatever it does outside
 the database may be done twice, so killing it anywhere and starting again is normal.
@@ -9,6 +9,7 @@ over at its first write, and what it asks of the cluster follows a write: see do
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ _ASKED_AT_ONCE = 8  # all calls about jobs go through one agent on Ray's head
 _TAIL_LINES = 200
 _QUOTED_LINES = 6
 _MAX_MESSAGE_CHARS = 4000
+# Only the head of the queue can start. The rest is looked at now and then, to be told why it waits, so
+# that a place is given away in time however long the queue is.
+_QUEUE_HEAD = 200
+_WHOLE_QUEUE_EVERY_S = 5.0
+_WHOLE_QUEUE_PAUSE = 4  # at least so many times as long as such a pass took
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +89,18 @@ class Reconciler:
         self._rules, self._clock, self._monotonic = rules, clock, monotonic
         self._gone_since: dict[str, float] = {}  # submission: when we first saw it ended or missing
         self._complained = ""
+        self._whole_queue_at = -math.inf  # when it is due
 
     async def run_once(self) -> None:
         """Do for every open job the next thing that it needs.
 
         Raises LeaseLostError once another dispatcher may be at it; the rest of the pass is dropped.
         """
-        jobs = await observe.open_jobs(self._sessions, now=self._clock())
+        began = self._monotonic()
+        whole = began >= self._whole_queue_at
+        jobs = await observe.open_jobs(
+            self._sessions, now=self._clock(), most_queued=None if whole else _QUEUE_HEAD
+        )
         sights = await self._look(jobs)
         now = self._clock()
         admissions = await self._admissions(
@@ -108,6 +119,9 @@ class Reconciler:
         await record.reasons(self._guarded, reasons, now=now)
         for leftover in await observe.leftovers(self._sessions):
             await self._clear_away(leftover)
+        if whole:
+            ended = self._monotonic()
+            self._whole_queue_at = ended + max(_WHOLE_QUEUE_EVERY_S, _WHOLE_QUEUE_PAUSE * (ended - began))
 
     async def _look(self, jobs: Sequence[Observed]) -> dict[str, Sight]:
         """What the cluster says about the latest attempt of each job."""

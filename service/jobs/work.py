@@ -190,7 +190,9 @@ def _inputs(job: JobRow) -> dict[str, str]:
     name, place = _INPUTS[job.kind]
     address: Any = job.resolved
     for key in place:
-        address = address[key]
+        address = address.get(key)
+        if address is None:  # a method of pre-training that has no tokenizer
+            return {}
     target = address.removeprefix("job:")
     return {name: f"{job_prefix(target)}/{name}" if address.startswith("job:") else address}
 

@@ -236,9 +236,9 @@ class Users:
                 self._journal.note("unseen", error=error.code)
 
 
-def all_final(client: Client) -> bool:
-    """Whether no job is open."""
-    return all(job.state in FINAL for job in client.jobs(page_size=500))
+def num_open(client: Client) -> int:
+    """How many jobs are not final."""
+    return sum(job.state not in FINAL for job in client.jobs(page_size=500))
 
 
 def _run_all(threads: Sequence[threading.Thread]) -> None:

@@ -47,13 +47,20 @@ class MovesContract:
             assert len(await queries.events(session, job["id"], after=0, limit=100)) == 4
 
     async def test_reasons__of_jobs_that_have_moved_are_dropped(self, world: World) -> None:
-        ids = [job["id"] for job in await world.submit(*(world.tokenizer(f"t{n}") for n in range(3)))]
-        told = [(Seen(job_id, S.QUEUED, version=0), f"waits {n}") for n, job_id in enumerate(ids)]
+        ids = [job["id"] for job in await world.submit(*(world.tokenizer(f"t{n}") for n in range(4)))]
+        told = [(Seen(job_id, S.QUEUED, version=0), f"waits {n % 2}") for n, job_id in enumerate(ids[:3])]
+        told.append((Seen(ids[3], S.LAUNCHING, version=1), "waits 1"))
         assert await moved(world, told[1][0], S.LAUNCHING)
+        assert await moved(world, Seen(ids[3], S.QUEUED, version=0), S.LAUNCHING)
         async with world.sessions.begin() as session:
             await moves.write_reasons(session, told, now=world.clock.now)
-        assert [(await world.row(i)).reason for i in ids] == ["waits 0", "to launching", "waits 2"]
-        assert [(await world.row(i)).version for i in ids] == [0, 1, 0]
+        assert [(await world.row(i)).reason for i in ids] == [
+            "waits 0",
+            "to launching",
+            "waits 0",
+            "waits 1",
+        ]
+        assert [(await world.row(i)).version for i in ids] == [0, 1, 0, 1]
 
     async def test_move__an_illegal_one_is_refused_before_the_database(self, world: World) -> None:
         with pytest.raises(IllegalMoveError, match="it can become: cancelled, failed, launching"):

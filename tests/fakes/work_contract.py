@@ -56,6 +56,12 @@ class WorkContract:
             assert assignment["checkpoint"] is None
             assert assignment["store"]["url"].endswith("/store")
 
+    async def test_assignment__a_method_without_tokenizer_has_no_inputs(self, world: World) -> None:
+        model = {"method": "mae", "enhancer": {"name": "vit_tiny_patch16_224"}}
+        (enc,) = await world.submit(world.pretrain(model=model))
+        await world.launch(enc["id"])
+        assert (await world.ask(enc["id"], 1)).json()["inputs"] == {}
+
     async def test_assignment__an_address_is_passed_on(self, world: World) -> None:
         enc = (await world.submit(world.pretrain(source="s3://bucket/tok/")))[0]
         await world.launch(enc["id"])

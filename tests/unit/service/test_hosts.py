@@ -99,6 +99,16 @@ def test_listen__is_on_loopback(host: str) -> None:
         assert ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
+def test_listen__its_connections_send_at_once() -> None:
+    # Else the head of a short answer waits for the client's acknowledgement, 40 ms.
+    with (
+        listen("127.0.0.1", 0) as bound,
+        socket.create_connection(bound.getsockname()),
+        bound.accept()[0] as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_listen__a_name_that_leads_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_server", lambda *_, **__: _Elsewhere())
     with pytest.raises(OSError, match="not loopback"):
