@@ -35,7 +35,7 @@ check: setup
 	$(BIN)/python -m pytest -q -p no:randomly tests/architecture
 
 bench: setup
-	@$(BIN)/python -m benchmarks.step
+	@$(BIN)/python -m benchmarks.train_step
 	@$(BIN)/python -m benchmarks.submit_to_first_step
 	@$(BIN)/python -m benchmarks.load
 

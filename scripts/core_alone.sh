@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs the core's tests in a fresh environment without the service: torch, torchvision, timm, numpy, safetensors,
-# and what the tests themselves need. Nothing of the project but cim_core and its tests is copied there.
+# and what the tests themselves need. Of the project only cim_core, its tests and the bundled tiles are copied there.
 # Usage: core_alone.sh [arguments of pytest]
 set -eu
 root=$(cd "$(dirname "$0")/.." && pwd)
@@ -11,8 +11,9 @@ trap 'rm -rf "$folder"' EXIT
 "$uv" pip install --quiet --python "$folder/.venv/bin/python" --constraints "$root/constraints.txt" \
     numpy pillow safetensors timm torch torchvision \
     pytest pytest-randomly pytest-timeout pytest-xdist scikit-image scikit-learn
-mkdir -p "$folder/tests/unit"
+mkdir -p "$folder/tests/unit" "$folder/examples"
 cp -R "$root/cim_core" "$folder/cim_core"
+cp -R "$root/examples/photos" "$folder/examples/photos"
 cp "$root/tests/__init__.py" "$folder/tests/__init__.py"
 cp -R "$root/tests/unit/__init__.py" "$root/tests/unit/cim_core" "$folder/tests/unit/"
 cat >"$folder/pytest.ini" <<INI

@@ -37,7 +37,7 @@ TESTS = "tests/unit/cim_core"
 TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cim_core.masking": ("test_masking.py",),
-        "cim_core.cim": ("test_cim.py", "test_planted_faults.py"),
+        "cim_core.cim": ("test_cim.py", "test_sampling.py", "test_planted_faults.py"),
         "cim_core.objectives.respix": ("test_respix.py",),
         "cim_core.objectives.revdet": ("test_revdet.py",),
         "cim_core.tokenizers.network": ("test_tokenizer_network.py",),
