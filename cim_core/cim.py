@@ -12,29 +12,24 @@ ones. A frozen tokenizer and a small trainable BEiT make a corrupted image of ea
 enhancer, the network that is wanted, learns to undo or to find the corruption.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from cim_core.config import ModelConfig
 from cim_core.data.dataset import Views
-from cim_core.ema import RunningAverage
-from cim_core.errors import ModelError
-from cim_core.masking import make_mask
-from cim_core.models.enhancer import Enhancer
+from cim_core.engine.transfer import send
+from cim_core.masking import make_mask, masked_positions
 from cim_core.models.generator import SmallBEiT
 from cim_core.objectives.base import ObjectiveOutput, Truth
+from cim_core.pretraining import Pretraining, build, greyed, to_unit
 from cim_core.registry import DEFAULT_WEIGHTS, build_objective
-from cim_core.seeding import seed_for
 from cim_core.tokenizers.base import Tokenizer
+from cim_core.tokenizers.portions import in_portions
 
-FAKE_SOURCE = "fake"  # the only way to get the stand-in of tests
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+_LAST_TITLE = {"respix": "restored", "revdet": "found replaced"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,31 +49,22 @@ class StepOutput:
     prediction: Tensor  # respix: normalised pixels [B, 3, H, W]; revdet: logits [B, N]
 
 
-class CIM(nn.Module):
-    """Generator, enhancer and objective around a frozen tokenizer.
-
-    The tokenizer is no part of `parameters()` or `state_dict()` (it has an artifact of its own), but it
-    moves with `.to(...)`. It stays frozen and in eval mode whatever `train()` says.
-    """
-
-    mean: Tensor
-    std: Tensor
+class CIM(Pretraining):
+    """Generator, enhancer and objective around a frozen tokenizer."""
 
     def __init__(self, config: ModelConfig, tokenizer: Tokenizer) -> None:
-        super().__init__()
-        self.config = config
-        self.grid = config.grid
-        self._frozen = (_freeze(tokenizer),)  # in a tuple, where nn.Module does not register it
-        sizes = {"image_size": config.image_size, "patch_size": config.patch_size}
-        self.enhancer = Enhancer(config.enhancer, **sizes)
-        decay = config.enhancer.ema_decay
-        self.average = None if decay is None else RunningAverage(self.enhancer.backbone, decay=decay)
+        super().__init__(config, tokenizer)
+        config = self.config
+        assert config.generator is not None
+        assert config.objective is not None
+        assert config.interpolation is not None
         num_shared = config.enhancer.shared_blocks
         if num_shared is None:
             num_shared = self.enhancer.default_shared_blocks(config.generator)
         self.generator = SmallBEiT(
             config.generator,
-            **sizes,
+            image_size=config.image_size,
+            patch_size=config.patch_size,
             vocab_size=tokenizer.vocab_size,
             enhancer_width=self.enhancer.width if self.enhancer.is_vit else None,
             shared=self.enhancer.shared_layers(num_shared),
@@ -90,9 +76,10 @@ class CIM(nn.Module):
             image_size=config.image_size,
             grid=config.grid,
         )
+        self.objective_name = config.objective.name
         self.weight = config.objective.weight or DEFAULT_WEIGHTS[config.objective.name]
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+        self.temperature = config.generator.temperature
+        self.interpolation = config.interpolation
 
     def forward(self, views: Views, *, generator: torch.Generator) -> StepOutput:
         """One step on one batch; every random choice is `generator`'s (a CPU generator serves any device)."""
@@ -100,14 +87,17 @@ class CIM(nn.Module):
         clean_B3HW = to_unit(views.pixels_B3HW)
         # 2. Golden tokens.
         golden_BN = self.tokenize(views.token_pixels_B3HW)
-        # 3. A mask of its own for every image.
-        mask_BN = make_mask(len(golden_BN), self.grid, self.config.masking, generator).to(golden_BN.device)
+        # 3. A mask of its own for every image, and the places in it that are masked.
+        mask_BN = make_mask(len(golden_BN), self.grid, self.config.masking, generator)
+        mask_BN, positions_M = (send(x, golden_BN.device) for x in (mask_BN, masked_positions(mask_BN)))
         # 4. The small BEiT proposes tokens for masked positions, of which it sees nothing.
-        logits_MV = self.generator(self.normalise(clean_B3HW), mask_BN).float()
-        mim_loss = F.cross_entropy(logits_MV, golden_BN[mask_BN])
+        logits_MV = self.generator(self.normalise(clean_B3HW), mask_BN, positions_M).float()
+        golden_M = golden_BN.take(positions_M)
+        log_probabilities_MV = logits_MV.log_softmax(dim=-1)
+        mim_loss = F.nll_loss(log_probabilities_MV, golden_M)
         # 5. Its samples replace the golden tokens there.
-        sampled_M = sample_tokens(logits_MV, self.config.generator.temperature, generator)
-        sampled_BN = golden_BN.masked_scatter(mask_BN, sampled_M)
+        sampled_M = sample_tokens(logits_MV, self.temperature, generator)
+        sampled_BN = golden_BN.flatten().index_copy(0, positions_M, sampled_M).view_as(golden_BN)
         replaced_BN = mask_BN & (sampled_BN != golden_BN)
         # 6. The frozen decoder paints the corrupted image.
         corrupted_B3HW = self.corrupt(sampled_BN)
@@ -118,11 +108,11 @@ class CIM(nn.Module):
         # 8. One loss for both networks; no gradient crosses the corrupted image.
         return StepOutput(
             loss=mim_loss + self.weight * judged.loss,
-            losses={"mim": mim_loss, self.config.objective.name: judged.loss},
+            losses={"mim": mim_loss, self.objective_name: judged.loss},
             metrics={
                 "mim_loss": mim_loss.detach(),
                 "enhancer_loss": judged.loss.detach(),
-                **generator_metrics(logits_MV.detach(), golden_BN[mask_BN], sampled_M),
+                **generator_metrics(log_probabilities_MV.detach(), golden_M, sampled_M),
                 "mask_share": mask_BN.float().mean(),
                 "replaced_share": replaced_BN.float().mean(),
                 **judged.metrics,
@@ -138,50 +128,31 @@ class CIM(nn.Module):
         )
 
     @torch.no_grad()
-    def tokenize(self, token_pixels_B3TT: Tensor) -> Tensor:
-        """Golden tokens [B, N] of uint8 images of g * stride pixels a side."""
-        side = self.grid * self.tokenizer.stride
-        if token_pixels_B3TT.shape[-2:] != (side, side):
-            got = " x ".join(str(n) for n in token_pixels_B3TT.shape[-2:])
-            raise ModelError(
-                f"the tokenizer's view must be {side} x {side} pixels, got {got}: a grid of {self.grid} x "
-                f"{self.grid} tokens (image_size / patch_size) of {self.tokenizer.stride} pixels each"
-            )
-        return self.tokenizer.encode(to_unit(token_pixels_B3TT)).flatten(1)
-
-    @torch.no_grad()
     def corrupt(self, tokens_BN: Tensor) -> Tensor:
         """The decoder's image of the tokens, brought to image_size: [B, 3, H, W] in [0, 1]."""
-        decoded_B3TT = self.tokenizer.decode(tokens_BN.view(-1, self.grid, self.grid)).float()
+        tokens_Bgg, token_side = tokens_BN.view(-1, self.grid, self.grid), self.grid * self.tokenizer.stride
+        decoded_B3TT = in_portions(self.tokenizer.decode, tokens_Bgg, side=token_side).float()
         side = self.config.image_size
         if decoded_B3TT.shape[-1] != side:
             shrinks = decoded_B3TT.shape[-1] > side
-            mode = self.config.interpolation
-            decoded_B3TT = F.interpolate(decoded_B3TT, size=(side, side), mode=mode, antialias=shrinks)
+            decoded_B3TT = F.interpolate(
+                decoded_B3TT, size=(side, side), mode=self.interpolation, antialias=shrinks
+            )
         # Bicubic overshoots at edges.
         return decoded_B3TT.clamp(0, 1)
 
-    def normalise(self, images_B3HW: Tensor) -> Tensor:
-        """Images in [0, 1] as both networks want them: ImageNet mean 0, deviation 1."""
-        return (images_B3HW - self.mean) / self.std
-
-    @property
-    def encoder(self) -> nn.Module:
-        """The timm network to take away: the running average of the enhancer's weights where there is one."""
-        encoder: nn.Module = self.enhancer.backbone if self.average is None else self.average.module
-        return encoder
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        """The frozen tokenizer."""
-        return self._frozen[0]
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: FBT001, FBT002
-        # Behind .to(), .cuda() and the like: the unregistered tokenizer has to come along.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if isinstance(self.tokenizer, nn.Module):
-            self.tokenizer._apply(fn)  # type: ignore[no-untyped-call]
-        return self
+    def columns(self, output: StepOutput) -> dict[str, Tensor]:
+        """What a step did, as pictures under their titles; the last one is the enhancer's output."""
+        clean_B3HW, corrupted_B3HW = output.clean_B3HW, output.corrupted_B3HW
+        found = self.objective.picture(
+            output.prediction, clean_B3HW=clean_B3HW, corrupted_B3HW=corrupted_B3HW
+        )
+        return {
+            "original": clean_B3HW,
+            "masked": greyed(clean_B3HW, output.mask_BN, self.grid),
+            "corrupted": corrupted_B3HW,
+            _LAST_TITLE[self.objective_name]: found,
+        }
 
 
 def build_cim(config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0) -> CIM:
@@ -189,55 +160,29 @@ def build_cim(config: ModelConfig, tokenizer: Tokenizer, *, seed: int = 0) -> CI
 
     Raises ModelError or ConfigError where the configuration names what cannot be built.
     """
-    if not callable(getattr(tokenizer, "encode", None)) or not callable(getattr(tokenizer, "decode", None)):
-        raise ModelError(
-            f"tokenizer: must be able to encode and decode, got {type(tokenizer).__name__}; train one "
-            f"(kind: tokenizer) or name the stand-in of tests explicitly, source: {FAKE_SOURCE}"
-        )
-    if tokenizer.is_fake and config.tokenizer.source != FAKE_SOURCE:
-        raise ModelError(
-            f"tokenizer.source: {config.tokenizer.source!r} gave the untrained stand-in of tests, which "
-            f"would make the training worthless; write source: {FAKE_SOURCE} where that is meant"
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_for(seed, "init", "cim"))
-        return CIM(config, tokenizer)
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """Bytes as floats in [0, 1]. Anything but bytes is refused: its range could only be guessed."""
-    if pixels.dtype != torch.uint8:
-        raise TypeError(f"images must be uint8, 0 to 255, got {pixels.dtype}")
-    return pixels.float() / 255
+    return build(CIM, config, tokenizer, seed=seed)
 
 
 @torch.no_grad()
 def sample_tokens(logits_MV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Draw one token a row from softmax(logits / temperature): [M], int64, in float32, no gradient."""
-    probabilities_MV = (logits_MV.float() / temperature).softmax(dim=-1)
-    return torch.multinomial(probabilities_MV, 1, generator=on_device(generator, logits_MV.device)).squeeze(1)
+    """Draw one token a row from softmax(logits / temperature): [M], int64, in float32, no gradient.
 
-
-def on_device(generator: torch.Generator, device: torch.device) -> torch.Generator:
-    """`generator`, or one on `device` that is seeded from it: torch wants both on one device."""
-    if generator.device.type == device.type:
-        return generator
-    seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return torch.Generator(device).manual_seed(seed)
+    The parts of a row laid end to end, it is the token that a point drawn on them falls into: one random
+    number a row, from the CPU as the masks. torch.multinomial takes one a token and makes a GPU wait.
+    """
+    ends_MV = (logits_MV.float() / temperature).softmax(dim=-1).cumsum(dim=-1)
+    points_M = send(torch.rand(len(ends_MV), generator=generator), ends_MV.device)
+    points_M1 = points_M[:, None] * ends_MV[:, -1:]  # rounded, the parts do not add up to 1 exactly
+    tokens_M = torch.searchsorted(ends_MV, points_M1, right=True).squeeze(1)
+    # Nothing lies beyond the last token but what is not a number, of which the loss will tell.
+    return tokens_M.clamp_(max=ends_MV.shape[1] - 1)
 
 
 @torch.no_grad()
-def generator_metrics(logits_MV: Tensor, golden_M: Tensor, sampled_M: Tensor) -> dict[str, Tensor]:
+def generator_metrics(log_probabilities_MV: Tensor, golden_M: Tensor, sampled_M: Tensor) -> dict[str, Tensor]:
     """How good and how sure the generator is at masked positions; entropy in nats."""
-    log_probabilities_MV = logits_MV.log_softmax(dim=-1)
     return {
-        "mim_accuracy": (logits_MV.argmax(dim=-1) == golden_M).float().mean(),
+        "mim_accuracy": (log_probabilities_MV.argmax(dim=-1) == golden_M).float().mean(),
         "sample_accuracy": (sampled_M == golden_M).float().mean(),
         "entropy": -(log_probabilities_MV.exp() * log_probabilities_MV).sum(dim=-1).mean(),
     }
-
-
-def _freeze(tokenizer: Tokenizer) -> Tokenizer:
-    if isinstance(tokenizer, nn.Module):
-        tokenizer.eval().requires_grad_(requires_grad=False)
-    return tokenizer

@@ -6,51 +6,22 @@ what. Sources of defaults: docs/method.md.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, get_args
 
-from cim_core.errors import ConfigError
+from cim_core.masking_config import MASKING, filled
+from cim_core.masking_config import MaskingConfig as MaskingConfig  # a part of ModelConfig
+from cim_core.rules import STRICT, Rules
 
 Scalar = bool | int | float | str
+Method = Literal["cim", "beit", "simmim", "mae"]  # of pre-training: CIM, or a peer to measure it by
 DALL_E = "dall-e"  # the official tokenizer, as a source
 # Of a training, free to differ between a run and its continuation: none of it moves a weight.
-FREE_ON_RESUME = frozenset({"log_every", "checkpoint_every", "sample_every", "loader_workers"})
-
-# pydantic reads this attribute from plain dataclasses; the core itself does not know pydantic.
-_STRICT: dict[str, Any] = {"extra": "forbid"}
-
-
-class _Rules:
-    """Collects every broken rule of one config, so that all are reported at once."""
-
-    def __init__(self, config: object) -> None:
-        self._config = config
-        self._problems: list[tuple[str, str]] = []
-
-    def check(self, name: str, rule: str, *, ok: bool) -> None:
-        if not ok:
-            value = getattr(self._config, name)
-            self._problems.append((name, f"{rule}, got {value!r}"))
-
-    def at_least(self, minimum: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self._config, name)
-            self.check(name, f"must be at least {minimum}", ok=value is None or value >= minimum)
-
-    def above(self, minimum: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self._config, name)
-            self.check(name, f"must be above {minimum}", ok=value is None or value > minimum)
-
-    def within(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self._config, name)
-            rule = f"must lie between {low} and {high}"
-            self.check(name, rule, ok=value is None or low <= value <= high)
-
-    def done(self) -> None:
-        if self._problems:
-            raise ConfigError(self._problems)
+FREE_ON_RESUME = frozenset(
+    {"log_every", "checkpoint_every", "sample_every", "loader_workers", "async_checkpoints"}
+)
 
 
 def _is_sha256(text: str) -> bool:
@@ -61,13 +32,13 @@ def _is_sha256(text: str) -> bool:
 class Duration:
     """A length of training: exactly one of steps, epochs or images."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     steps: int | None = None
     epochs: float | None = None
     images: int | None = None
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.above(0, "steps", "epochs", "images")
         given = [n for n in ("steps", "epochs", "images") if getattr(self, n) is not None]
         names = " and ".join(given) or "none of them"
@@ -79,7 +50,7 @@ class Duration:
 class TokenizerConfig:
     """A discrete image tokenizer in the DALL-E layout, trained on the user's own images."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     image_size: int = 64  # training crop, pixels; a multiple of the stride
     stride: int = 8  # pixels a token; 2, 4, 8, 16: one group of blocks more than halvings
     width: int = 64  # DALL-E's n_hid (256 there): groups are 1, 2, 4, 8 times as wide
@@ -96,7 +67,7 @@ class TokenizerConfig:
     kl_warmup: float = 0.3  # relaxed: share of the training over which the weight rises from 0
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.at_least(1, "width", "blocks_per_group", "code_dim")
         rules.at_least(2, "vocab_size")
         rules.check("stride", "must be 2, 4, 8 or 16", ok=self.stride in (2, 4, 8, 16))
@@ -117,7 +88,7 @@ class TokenizerConfig:
 class TokenizerSource:
     """Where a frozen tokenizer comes from: `dall-e`, `job:ID-or-name`, a URI of an artifact, or `fake`."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     source: str  # no default: a missing tokenizer is an error; `fake` is for tests and says so
     encoder: str | None = None  # dall-e: path or address of encoder.pkl; None: OpenAI's address
     decoder: str | None = None  # dall-e: path or address of decoder.pkl; None: OpenAI's address
@@ -125,7 +96,7 @@ class TokenizerSource:
     decoder_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         for name in ("encoder", "decoder", "encoder_sha256", "decoder_sha256"):
             ok = self.source == DALL_E or getattr(self, name) is None
             rules.check(name, f"belongs to source: {DALL_E} alone", ok=ok)
@@ -140,7 +111,7 @@ class TokenizerSource:
 class GeneratorConfig:
     """The small trainable BEiT that proposes tokens for masked positions."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     depth: int = 4  # blocks, shared ones included
     width: int | None = None  # None: the enhancer's width where it is a ViT, else 384
     heads: int | None = None  # None: width / 64, at least 1; the enhancer's where blocks are shared
@@ -149,7 +120,7 @@ class GeneratorConfig:
     layer_scale: float = 0.0  # initial scale of the residual branches; 0: none (BEiT's base model: 0.1)
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.at_least(1, "depth", "width", "heads")
         rules.above(0, "temperature")
         rules.at_least(0, "layer_scale")
@@ -162,7 +133,7 @@ class GeneratorConfig:
 class EnhancerConfig:
     """The network that is being pre-trained: any timm ViT or CNN, by its timm name."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: str
     shared_blocks: int | None = None  # with the generator; None: 2 for a plain ViT, 0 otherwise
     options: Mapping[str, Scalar] = field(default_factory=dict)  # further timm arguments, e.g. depth
@@ -170,7 +141,7 @@ class EnhancerConfig:
     ema_decay: float | None = None  # of a running average that is exported instead; None: no average
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.check("name", "must be a timm model name", ok=bool(self.name.strip()))
         rules.at_least(0, "shared_blocks")
         decay = self.ema_decay
@@ -181,31 +152,10 @@ class EnhancerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MaskingConfig:
-    """Which token positions are replaced; the count is uniform between the two ratios."""
-
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-    strategy: Literal["random", "block"] = "random"
-    min_ratio: float = 0.51  # 100 of 196
-    max_ratio: float = 0.61  # 120 of 196
-    block_min_cells: int = 16  # block: smallest block, as in BEiT's launcher
-
-    def __post_init__(self) -> None:
-        rules = _Rules(self)
-        rules.within(0.0, 1.0, "min_ratio", "max_ratio")
-        rules.above(0, "max_ratio")
-        rules.check(
-            "max_ratio", f"must not be below min_ratio {self.min_ratio}", ok=self.max_ratio >= self.min_ratio
-        )
-        rules.at_least(1, "block_min_cells")
-        rules.done()
-
-
-@dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """What the enhancer learns: clean pixels (respix) or which tokens were replaced (revdet)."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     name: Literal["respix", "revdet"]
     weight: float | None = None  # lambda before the enhancer's loss; None: respix 10, revdet 1
     normalise: Literal["window", "patch", "none"] = "window"  # respix: sliding window, MAE's patches, raw
@@ -215,7 +165,7 @@ class ObjectiveConfig:
     upsample: Literal["pixel_shuffle", "bilinear"] = "pixel_shuffle"  # revdet, where the map is too coarse
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.at_least(2, "window")
         rules.above(0, "weight")
         rules.at_least(0, "l1", "l2")
@@ -224,54 +174,142 @@ class ObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """One CIM model. The token grid is image_size / patch_size on each side."""
+class DecoderConfig:
+    """MAE's decoder, a plain ViT that is thrown away; defaults are the paper's."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
-    tokenizer: TokenizerSource
-    enhancer: EnhancerConfig
-    objective: ObjectiveConfig
-    image_size: int = 224
-    patch_size: int = 16
-    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    masking: MaskingConfig = field(default_factory=MaskingConfig)
-    interpolation: Literal["bicubic", "bilinear"] = "bicubic"  # of the decoded picture to image_size
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    depth: int = 8
+    width: int = 512
+    heads: int = 16
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
+        rules.at_least(1, "depth", "width", "heads")
+        rules.check("width", "must be a multiple of 4, for its sin-cos positions", ok=self.width % 4 == 0)
+        divides = self.heads > 0 and self.width % self.heads == 0
+        rules.check("heads", f"must divide the width {self.width}", ok=divides)
+        rules.done()
+
+
+# What a method cannot do without, and the keys that say something to some methods only.
+NEEDED: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"cim": ("tokenizer", "objective"), "beit": ("tokenizer",), "simmim": (), "mae": ()}
+)
+_OWNERS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "tokenizer": ("cim", "beit"),
+        "objective": ("cim",),
+        "generator": ("cim",),
+        "interpolation": ("cim",),
+        "decoder": ("mae",),
+        "masking.unit": ("simmim",),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One model to pre-train. The grid of positions is image_size / patch_size on each side."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
+    method: Method = "cim"
+    tokenizer: TokenizerSource | None = None  # cim, beit: must be given
+    enhancer: EnhancerConfig  # the encoder, under its name in CIM
+    objective: ObjectiveConfig | None = None  # cim: must be given
+    image_size: int = 224
+    patch_size: int = 16
+    generator: GeneratorConfig | None = None  # cim; None: GeneratorConfig()
+    decoder: DecoderConfig | None = None  # mae; None: DecoderConfig()
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    # cim: of the decoded picture to image_size; None: bicubic
+    interpolation: Literal["bicubic", "bilinear"] | None = None
+
+    def __post_init__(self) -> None:
+        rules = Rules(self)
         rules.at_least(1, "image_size", "patch_size")
         fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
         rules.check("image_size", f"must be a multiple of patch_size {self.patch_size}", ok=fits)
-        if not self._patches_tile():
-            rule = f"must divide image_size {self.image_size} where normalise is patch"
-            raise ConfigError([("objective.window", f"{rule}, got {self.objective.window}")])
-        shared = self.enhancer.shared_blocks or 0
-        rule = f"must not be fewer than the {shared} blocks shared with the enhancer"
-        if shared > self.generator.depth:
-            raise ConfigError([("generator.depth", f"{rule}, got {self.generator.depth}")])
-        if shared and self.generator.positions == "relative":
-            told = (
-                "must be absolute where blocks are shared: the enhancer's know no relative bias, got relative"
-            )
-            raise ConfigError([("generator.positions", told)])
+        if self.method not in get_args(Method):
+            rules.check("method", f"must be one of {', '.join(get_args(Method))}", ok=False)
+            rules.done()
+        self._check_method(rules)
+        self._check_masking(rules)
+        if self.method == "cim":
+            self._check_cim(rules)
         rules.done()
+
+    def _check_method(self, rules: Rules) -> None:
+        for name in NEEDED[self.method]:
+            told = f"is required for method {self.method}"
+            rules.check(name, told, ok=getattr(self, name) is not None)
+        for name, methods in _OWNERS.items():
+            value = reduce(getattr, name.split("."), self)
+            told = f"belongs to method {' and '.join(methods)} alone, not to {self.method}: leave it out"
+            rules.check(name, told, ok=value is None or self.method in methods)
+        told = f"belongs to method cim alone, not to {self.method}: leave it out"
+        shares = bool(self.enhancer.shared_blocks)
+        rules.check("enhancer.shared_blocks", told, ok=self.method == "cim" or not shares)
+
+    def _check_masking(self, rules: Rules) -> None:
+        given, own = self.masking, MASKING[self.method]
+        low = own.min_ratio if given.min_ratio is None else given.min_ratio
+        high = own.max_ratio if given.max_ratio is None else given.max_ratio
+        assert low is not None
+        assert high is not None
+        ordered = f"must not be below masking.min_ratio (for {self.method} they are {low} and {high})"
+        rules.check("masking.max_ratio", ordered, ok=low <= high)
+        if self.method == "mae":
+            equal = "must equal masking.min_ratio, as mae encodes equally many patches of each image"
+            rules.check("masking.max_ratio", f"{equal} (they are {low} and {high})", ok=low >= high)
+            even = "must be random for mae: the number of masked positions varies with blocks"
+            rules.check("masking.strategy", even, ok=given.strategy in (None, "random"))
+        told = f"must be a multiple of patch_size {self.patch_size} and divide image_size {self.image_size}"
+        rules.check("masking.unit", told, ok=given.unit is None or self._units_tile(given.unit))
+
+    def _units_tile(self, unit: int) -> bool:
+        return self.patch_size > 0 and unit % self.patch_size == 0 and self.image_size % unit == 0
+
+    def _check_cim(self, rules: Rules) -> None:
+        if not self._patches_tile():
+            told = f"must divide image_size {self.image_size} where normalise is patch"
+            rules.check("objective.window", told, ok=False)
+        generator = self.generator or GeneratorConfig()
+        shared = self.enhancer.shared_blocks or 0
+        told = f"must not be fewer than the {shared} blocks shared with the enhancer"
+        rules.check("generator.depth", told, ok=shared <= generator.depth)
+        told = "must be absolute where blocks are shared: the enhancer's know no relative bias"
+        rules.check("generator.positions", told, ok=not shared or generator.positions != "relative")
 
     def _patches_tile(self) -> bool:
         """Whether the patches that normalise a respix target, if any do, cover the image exactly."""
-        by_patch = self.objective.name == "respix" and self.objective.normalise == "patch"
-        return not by_patch or self.image_size % self.objective.window == 0
+        objective = self.objective
+        if objective is None or objective.name != "respix" or objective.normalise != "patch":
+            return True
+        return self.image_size % objective.window == 0
 
     @property
     def grid(self) -> int:
-        """Tokens a side."""
+        """Positions a side."""
         return self.image_size // self.patch_size
+
+    @property
+    def resolved(self) -> "ModelConfig":
+        """The same, with every default filled in that hangs on the method; again, it changes nothing."""
+        sizes = {"image_size": self.image_size, "patch_size": self.patch_size}
+        masking = filled(self.masking, method=self.method, **sizes)
+        if self.method == "cim":
+            generator, interpolation = self.generator or GeneratorConfig(), self.interpolation or "bicubic"
+            return replace(self, masking=masking, generator=generator, interpolation=interpolation)
+        if self.method == "mae":
+            return replace(self, masking=masking, decoder=self.decoder or DecoderConfig())
+        return replace(self, masking=masking)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """How long, how fast and in what portions; one of epochs, steps, images gives the length."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     epochs: float | None = None
     steps: int | None = None
     images: int | None = None
@@ -291,9 +329,13 @@ class TrainingConfig:
     sample_every: Duration | None = None  # pictures; None: a tenth of the training
     log_every: int = 10  # steps between metric points
     loader_workers: int = 0  # processes that decode images, for each worker; 0: in the worker
+    fused_optimizer: bool | None = None  # AdamW as one kernel; None: on a GPU
+    channels_last: bool | None = None  # convolutions with channels innermost; None: on a GPU
+    compile: bool = False  # torch.compile of the networks
+    async_checkpoints: bool = True  # written while training goes on
 
     def __post_init__(self) -> None:
-        rules = _Rules(self)
+        rules = Rules(self)
         rules.above(0, "epochs", "steps", "images", "learning_rate")
         given = [n for n in ("epochs", "steps", "images") if getattr(self, n) is not None]
         names = " and ".join(given) or "none of them"
@@ -318,5 +360,5 @@ class TrainingConfig:
 class TokenizerTrainingConfig(TrainingConfig):
     """The same for a tokenizer, with a peak rate of its own: at 1.5e-3 a relaxed codebook stays collapsed."""
 
-    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+    __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
     learning_rate: float = 4e-3

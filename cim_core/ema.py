@@ -1,7 +1,8 @@
 """A running average of a network's weights, moved once after each optimizer step."""
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 
 class RunningAverage(AveragedModel):
@@ -13,18 +14,29 @@ class RunningAverage(AveragedModel):
     """
 
     def __init__(self, source: nn.Module, *, decay: float) -> None:
-        mean = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
-        super().__init__(source, multi_avg_fn=mean)
+        super().__init__(source)
+        self.decay = decay
         self.requires_grad_(requires_grad=False)
         self._source = (source,)  # in a tuple, where nn.Module does not register it a second time
 
-    def update(self) -> None:
-        """Move the average towards the source's weights."""
-        self.update_parameters(self._source[0])
+    @torch.no_grad()
+    def update(self, *, unless: Tensor | None = None) -> None:
+        """Move the average towards the source's weights, but not where `unless`, 0 or 1, is 1.
+
+        As `update_parameters`, which asks the device whether this is the first time and so waits for it.
+        """
+        source = self._source[0]
+        moves = torch.ones_like(self.n_averaged) if unless is None else 1 - unless
+        share = moves * (self.n_averaged == 0).float().clamp(min=1 - self.decay)
+        for average, weight in zip(self.module.parameters(), source.parameters(), strict=True):
+            average.lerp_(weight, share.to(average.dtype))
+        for copy, buffer in zip(self.module.buffers(), source.buffers(), strict=True):
+            copy.copy_(buffer)
+        self.n_averaged += moves.to(self.n_averaged.dtype)
 
 
-def update_averages(model: nn.Module) -> None:
-    """Move every running average inside `model`; called after each optimizer step."""
+def update_averages(model: nn.Module, *, unless: Tensor | None = None) -> None:
+    """Move every running average inside `model`, as `RunningAverage.update`; called after each step."""
     for part in model.modules():
         if isinstance(part, RunningAverage):
-            part.update()
+            part.update(unless=unless)

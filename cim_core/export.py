@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import timm
@@ -10,38 +11,48 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cim_core.cim import CIM, IMAGENET_MEAN, IMAGENET_STD
+from cim_core.cim import CIM
+from cim_core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from cim_core.models.probe import build_on_meta
+from cim_core.pretraining import Pretraining
 
 # Facts of the model card beyond the configuration; a missing one is written as "not recorded".
 CARD_KEYS = ("dataset", "images_used", "images_skipped", "steps", "epochs", "job", "code_version")
+METHOD_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "cim": "Corrupted Image Modeling (arXiv 2202.03382)",
+        "beit": "BEiT (arXiv 2106.08254), as a peer of CIM",
+        "simmim": "SimMIM (arXiv 2111.09886), as a peer of CIM",
+        "mae": "Masked Autoencoder (arXiv 2111.06377), as a peer of CIM",
+    }
+)
 
 
-def export_encoder(cim: CIM, folder: str | Path, *, card: Mapping[str, Any]) -> Path:
+def export_encoder(model: Pretraining, folder: str | Path, *, card: Mapping[str, Any]) -> Path:
     """Write model.safetensors, config.json and README.md (the model card) to `folder`; returns it.
 
-    `card` may hold any of CARD_KEYS; further keys are added to the card as they are. Objective,
-    tokenizer (a fake one is called FAKE) and configuration are taken from `cim`.
+    `card` may hold any of CARD_KEYS; further keys are added to the card as they are. Method, objective,
+    tokenizer (a fake one is called FAKE) and configuration are taken from `model`.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = encoder_weights(cim)
+    weights = encoder_weights(model)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = encoder_config(cim)
+    config = encoder_config(model)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    text = model_card(cim, config=config, num_parameters=_num_elements(weights), card=card)
+    text = model_card(model, config=config, num_parameters=_num_elements(weights), card=card)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return folder
 
 
-def encoder_weights(cim: CIM) -> dict[str, Tensor]:
+def encoder_weights(model: Pretraining) -> dict[str, Tensor]:
     """The encoder's tensors under the names and shapes that timm's own model has, on the CPU.
 
-    They are the enhancer's last ones, or their running average where `cim` has one.
+    They are the enhancer's last ones, or their running average where there is one.
     """
-    plan = cim.enhancer.plan
+    plan = model.enhancer.plan
     own = build_on_meta(plan.name, plan.export_args).state_dict()
-    trained = cim.encoder.state_dict()
+    trained = model.encoder.state_dict()
     assert own.keys() == trained.keys(), (
         f"{plan.name} is exported with other tensors than it was trained with"
     )
@@ -49,10 +60,10 @@ def encoder_weights(cim: CIM) -> dict[str, Tensor]:
     return {key: trained[key].detach().reshape(own[key].shape).cpu().contiguous().clone() for key in own}
 
 
-def encoder_config(cim: CIM) -> dict[str, Any]:
+def encoder_config(model: Pretraining) -> dict[str, Any]:
     """What timm reads as config.json: architecture, arguments, and how images have to look."""
-    plan = cim.enhancer.plan
-    size = [3, cim.config.image_size, cim.config.image_size]
+    plan = model.enhancer.plan
+    size = [3, model.config.image_size, model.config.image_size]
     # timm would take a differing pool or class count of its registry as a wish to adapt the weights.
     model_args = {key: value for key, value in plan.export_args.items() if key != "num_classes"}
     return {
@@ -62,7 +73,7 @@ def encoder_config(cim: CIM) -> dict[str, Any]:
         **({"global_pool": model_args["global_pool"]} if "global_pool" in model_args else {}),
         "model_args": model_args,
         "pretrained_cfg": {
-            "tag": "cim",
+            "tag": model.config.method,
             "custom_load": False,
             "input_size": size,
             "fixed_input_size": "img_size" in model_args,
@@ -79,26 +90,42 @@ def encoder_config(cim: CIM) -> dict[str, Any]:
     }
 
 
-def model_card(cim: CIM, *, config: Mapping[str, Any], num_parameters: int, card: Mapping[str, Any]) -> str:
+def model_card(
+    model: Pretraining, *, config: Mapping[str, Any], num_parameters: int, card: Mapping[str, Any]
+) -> str:
     """The README.md beside the weights."""
-    model = cim.config
-    tokenizer = model.tokenizer.source + (" (FAKE)" if cim.tokenizer.is_fake else "")
+    settings = model.config
     facts = {
         "Architecture": f"`{config['architecture']}` of timm {timm.__version__}, {num_parameters:,} numbers",
         "Arguments": f"`{json.dumps(config['model_args'])}`",
-        "Input": f"{model.image_size} x {model.image_size} pixels, ImageNet mean and deviation",
-        "Method": "Corrupted Image Modeling (arXiv 2202.03382)",
-        "Objective": f"`{model.objective.name}`, weight {cim.weight:g}",
-        "Tokenizer": f"{tokenizer}, {cim.tokenizer.vocab_size} tokens, {cim.tokenizer.stride} pixels each",
-        "Token grid": f"{model.grid} x {model.grid}",
-        "Weights": _which_weights(model.enhancer.ema_decay),
+        "Input": f"{settings.image_size} x {settings.image_size} pixels, ImageNet mean and deviation",
+        "Method": METHOD_NAMES[settings.method],
+        **_of_method(model),
+        "Grid": f"{settings.grid} x {settings.grid}",
+        "Weights": _which_weights(settings.enhancer.ema_decay),
         "PyTorch": torch.__version__,
         **{key.replace("_", " ").capitalize(): card.get(key, "not recorded") for key in CARD_KEYS},
         **{key.replace("_", " ").capitalize(): value for key, value in card.items() if key not in CARD_KEYS},
     }
     rows = "\n".join(f"| {key} | {str(value).replace('|', '/')} |" for key, value in facts.items())
-    warning = _FAKE_WARNING if cim.tokenizer.is_fake else ""
-    return _CARD.format(name=config["architecture"], rows=rows, warning=warning)
+    warning = _FAKE_WARNING if model.frozen is not None and model.frozen.is_fake else ""
+    title = METHOD_NAMES[settings.method].partition(" (")[0]
+    return _CARD.format(name=config["architecture"], method=title, rows=rows, warning=warning)
+
+
+def _of_method(model: Pretraining) -> dict[str, str]:
+    """Objective, tokenizer and decoder of the methods that have one."""
+    settings, tokenizer = model.config, model.frozen
+    facts = {}
+    if isinstance(model, CIM):
+        facts["Objective"] = f"`{model.objective_name}`, weight {model.weight:g}"
+    if settings.tokenizer is not None and tokenizer is not None:
+        source = settings.tokenizer.source + (" (FAKE)" if tokenizer.is_fake else "")
+        facts["Tokenizer"] = f"{source}, {tokenizer.vocab_size} tokens, {tokenizer.stride} pixels each"
+    if settings.decoder is not None:
+        decoder = settings.decoder
+        facts["Decoder"] = f"{decoder.depth} blocks, {decoder.width} wide, {decoder.heads} heads; thrown away"
+    return facts
 
 
 def _which_weights(ema_decay: float | None) -> str:
@@ -114,7 +141,7 @@ _FAKE_WARNING = """
 > weights are worth nothing beyond a test.
 """
 
-_CARD = """# {name}, pre-trained by Corrupted Image Modeling
+_CARD = """# {name}, pre-trained by {method}
 {warning}
 | | |
 | --- | --- |
@@ -138,5 +165,5 @@ features = model(transform(image).unsqueeze(0))     # pooled, as this architectu
 feature_map = model.forward_features(transform(image).unsqueeze(0))
 ```
 
-Layers that only the pre-training needed (generator, objective's head, tokenizer) are not here.
+Layers that only the pre-training needed (generator, heads, decoder, tokenizer) are not here.
 """

@@ -14,15 +14,27 @@ import math
 import torch
 from torch import Tensor
 
-from cim_core.config import MaskingConfig
+from cim_core.masking_config import MaskingConfig
 
 _TRIES = 10  # placements tried before a block is given up, as in BEiT
 _MIN_ASPECT = 0.3  # blocks are at most 1 / 0.3 times as long as they are wide, as in BEiT
 
 
 def make_mask(num_images: int, grid: int, config: MaskingConfig, generator: torch.Generator) -> Tensor:
-    """Draw a mask [B, N] with the strategy that `config` names; all randomness is `generator`'s."""
+    """Draw a mask [B, N] with the strategy that `config` names; all randomness is `generator`'s.
+
+    Here and below `config` is a filled one, as `ModelConfig.resolved` holds it.
+    """
+    assert config.strategy is not None
     return _STRATEGIES[config.strategy](num_images, grid, config, generator)
+
+
+def masked_positions(mask_BN: Tensor) -> Tensor:
+    """The places of the True ones in the flattened mask: [M], int64, in order.
+
+    To be asked where the mask was made, on the CPU: how many there are is known there without waiting.
+    """
+    return mask_BN.flatten().nonzero().squeeze(1)
 
 
 def random_mask(num_images: int, grid: int, config: MaskingConfig, generator: torch.Generator) -> Tensor:
@@ -47,6 +59,8 @@ def block_mask(num_images: int, grid: int, config: MaskingConfig, generator: tor
 def count_range(grid: int, config: MaskingConfig) -> tuple[int, int]:
     """The smallest and the largest number of masked positions that may be drawn."""
     num_positions = grid * grid
+    assert config.min_ratio is not None
+    assert config.max_ratio is not None
     low = min(max(round(config.min_ratio * num_positions), 1), num_positions - 1)
     high = min(max(round(config.max_ratio * num_positions), low), num_positions - 1)
     if not 1 <= low <= high:

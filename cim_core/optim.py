@@ -11,9 +11,17 @@ NO_DECAY_NAMES = ("pos_embed", "cls_token")
 
 
 def build_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW over every parameter of `model` that wants a gradient; learning rate 0 until the loop sets it."""
+    """AdamW over every parameter of `model` that wants a gradient; learning rate 0 until the loop sets it.
+
+    Fused it is one kernel, which also can skip a step by a flag on the device (cim_core/engine/step.py).
+    Its rounding differs in the last bit.
+    """
     groups = parameter_groups(model, weight_decay=training.weight_decay)
-    return torch.optim.AdamW(groups, lr=0.0, betas=(training.beta1, training.beta2), eps=1e-8)
+    fused = training.fused_optimizer
+    if fused is None:
+        fused = all(p.is_cuda for group in groups for p in group["params"])
+    betas = (training.beta1, training.beta2)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=fused or None)
 
 
 def parameter_groups(model: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ Streams in use:
     "step", step, rank, micro       everything inside one forward pass that torch draws by itself
     "cim", step, rank, micro        masks and samples of one forward pass of a CIM model
     "init", name                    weights before step one
+    "pictures", ...                 images of sample pictures, their masks and samples
+    "diagnostics", "masks"          masks and samples of a look at the running model
     "loader"                        base seed of the loader's processes (decides nothing we use)
 """
 

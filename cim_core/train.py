@@ -1,7 +1,7 @@
 """Training in this process alone, for scripts and notebooks; `workers` does the same on a cluster.
 
     tokenizer = train_tokenizer(images, TokenizerConfig(), TrainingConfig(epochs=10))
-    cim = pretrain(images, model_config, TrainingConfig(epochs=300), tokenizer=tokenizer)
+    model = pretrain(images, model_config, TrainingConfig(epochs=300), tokenizer=tokenizer)
 
 With `checkpoints`, a folder, a run that was cut goes on from its last checkpoint when it is called again
 with the same arguments, and ends bit-equal to one that was not (on a CPU).
@@ -17,18 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
-from cim_core.cim import CIM, build_cim
 from cim_core.config import FREE_ON_RESUME, ModelConfig, TokenizerConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, Views
 from cim_core.data.index import scan
 from cim_core.data.loading import ImageLoader
 from cim_core.durations import plan
+from cim_core.engine.acceleration import accelerate
+from cim_core.engine.background import Background
 from cim_core.engine.callbacks import NoCallbacks, StepReport
 from cim_core.engine.fit import fit
 from cim_core.engine.precision import with_precision
-from cim_core.engine.state import RECORD, TrainState, load_state, save_state
+from cim_core.engine.state import RECORD, Snapshot, TrainState, load_state, take_snapshot
 from cim_core.engine.step import Task
+from cim_core.methods import build_model
 from cim_core.optim import build_optimizer
+from cim_core.pretraining import Pretraining
 from cim_core.seeding import generator_for, seed_for
 from cim_core.task import cim_task
 from cim_core.tokenizers.base import Tokenizer
@@ -60,7 +63,9 @@ def train_tokenizer(
     seed = training.seed
     views = ViewConfig(image_size=model.image_size, crop_min=training.crop_min, seed=seed)
     vae = DiscreteVAE(model, generator=generator_for(seed, "init", "tokenizer")).to(device)
-    keeper = _Keeper(checkpoints, on_step, settings={"model": asdict(model)})
+    keeper = _Keeper(
+        checkpoints, on_step, settings={"model": asdict(model)}, asynchronous=training.async_checkpoints
+    )
     _train(vae, tokenizer_task(vae, seed=seed), ImageDataset(scan(images), views), training, keeper, device)
     return vae.eval().requires_grad_(requires_grad=False)
 
@@ -70,34 +75,45 @@ def pretrain(
     model: ModelConfig,
     training: TrainingConfig,
     *,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None = None,
     checkpoints: Path | None = None,
     on_step: OnStep | None = None,
     device: torch.device = CPU,
-) -> CIM:
-    """A CIM model pre-trained on `images`; `cim_core.export.export_encoder` takes the encoder out of it.
+) -> Pretraining:
+    """A model pre-trained on `images`; `cim_core.export.export_encoder` takes the encoder out of it.
 
-    Raises as `train_tokenizer`, and ModelError where the enhancer cannot serve.
+    `tokenizer` is the frozen one of methods `cim` and `beit`. Raises as `train_tokenizer`, and ModelError
+    where the encoder cannot serve.
     """
     seed = training.seed
+    built = build_model(model, tokenizer, seed=seed_for(seed, "init", "cim")).to(device)
     views = ViewConfig(
-        image_size=model.image_size,
-        token_size=model.grid * tokenizer.stride,
-        crop_min=training.crop_min,
-        seed=seed,
+        image_size=model.image_size, token_size=built.token_size, crop_min=training.crop_min, seed=seed
     )
-    cim = build_cim(model, tokenizer, seed=seed_for(seed, "init", "cim")).to(device)
-    keeper = _Keeper(checkpoints, on_step, settings={"model": asdict(model)})
-    _train(cim, cim_task(cim, seed=seed), ImageDataset(scan(images), views), training, keeper, device)
-    return cim
+    keeper = _Keeper(
+        checkpoints,
+        on_step,
+        settings={"model": asdict(built.config)},
+        asynchronous=training.async_checkpoints,
+    )
+    _train(built, cim_task(built, seed=seed), ImageDataset(scan(images), views), training, keeper, device)
+    return built
 
 
 class _Keeper(NoCallbacks):
-    """Saves the state, and finds the newest one again."""
+    """Saves the state while training goes on, and finds the newest one again."""
 
-    def __init__(self, folder: Path | None, on_step: OnStep | None, *, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        on_step: OnStep | None,
+        *,
+        settings: Mapping[str, Any],
+        asynchronous: bool,
+    ) -> None:
         self._folder, self._on_step = folder, on_step
         self.settings = dict(settings)
+        self.background = Background(enabled=asynchronous)
 
     def on_step(self, report: StepReport) -> None:
         if self._on_step is not None:
@@ -106,8 +122,17 @@ class _Keeper(NoCallbacks):
     def on_checkpoint(self, state: TrainState, step: int) -> None:
         if self._folder is None:
             return
+        target = self._folder / f"step-{step}"
+        snapshot = take_snapshot(state, fingerprint=self.settings)
+        self.background.do(lambda: self._replace(snapshot, target))
+
+    def should_stop(self) -> bool:
+        self.background.check()
+        return False
+
+    def _replace(self, snapshot: Snapshot, target: Path) -> None:
         older = self._kept()
-        save_state(state, self._folder / f"step-{step}", fingerprint=self.settings)
+        snapshot.write(target)
         for folder in older.values():
             shutil.rmtree(folder)
 
@@ -136,6 +161,7 @@ def _train(
     training = with_precision(training, device)
     kept = {key: value for key, value in asdict(training).items() if key not in FREE_ON_RESUME}
     keeper.settings |= {"training": kept, "num_images": len(dataset)}
+    accelerate(model, training, device)
     state = TrainState(model=model.train(), optimizer=build_optimizer(model, training))
     keeper.resume(state)
     loader = ImageLoader(
@@ -146,4 +172,8 @@ def _train(
         pin=device.type == "cuda",
     )
     course = replace(plan(training, num_images=len(dataset)), sample_steps=frozenset())
-    fit(task, state, loader, course, training, callbacks=keeper, device=device)
+    try:
+        fit(task, state, loader, course, training, callbacks=keeper, device=device)
+        keeper.background.wait()
+    finally:
+        keeper.background.close()

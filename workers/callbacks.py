@@ -3,14 +3,16 @@
 import io
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from PIL import Image
 
 from cim_core.durations import Plan
+from cim_core.engine.background import Background
 from cim_core.engine.callbacks import StepReport
-from cim_core.engine.state import TrainState
+from cim_core.engine.state import Snapshot, TrainState
 from service.contracts.jobs import Progress
 from workers.checkpointing import CheckpointWriter
 from workers.rank import Rank
@@ -33,8 +35,10 @@ class RankCallbacks:
     picture: Picture
     probe: Probe | None = None  # collective
     probe_steps: frozenset[int] = frozenset()
+    diagnose: Probe | None = None  # with each picture
     latest: dict[str, float] = field(default_factory=dict)  # of each metric
     pace: float | None = None  # images a second, smoothed
+    background: Background = field(default_factory=Background)  # commits of checkpoints
 
     def on_start(self, step: int) -> None:
         """Show where training begins."""
@@ -61,22 +65,48 @@ class RankCallbacks:
             self.rank.say("painting a sample")
             picture = as_png(self.picture())
             self.rank.announce(self.rank.store.put_bytes(f"samples/step-{step}.png", picture))
+            if self.diagnose is not None:
+                self._record(step, self.diagnose())
         self.rank.reporter.progress(self._progress(step))
 
     def on_checkpoint(self, state: TrainState, step: int) -> None:
-        """Commit `state`; all that was measured before it is with the service by then."""
+        """Copy `state` and commit it while training goes on, the checkpoint before having been committed."""
         if not self.rank.leads:
             return
         self.rank.say("saving a checkpoint")
-        self.rank.reporter.flush(timeout_s=DELIVERY_S)
-        self.writer.save(state, step=step, metrics=self.latest)
+        self.background.wait()
+        snapshot, metrics = self.writer.snapshot(state), dict(self.latest)
+        self.background.do(lambda: self._commit(snapshot, step=step, metrics=metrics))
         self.rank.reporter.progress(self._progress(step))
 
+    @contextmanager
+    def finishing(self) -> Iterator[None]:
+        """The training; at its end the last checkpoint is committed, or what went wrong there is raised.
+
+        After an error in the training itself a commit under way still ends, and no error of its own counts.
+        """
+        try:
+            yield
+            if self.rank.leads:
+                self.rank.say("waiting for the last checkpoint")
+            self.background.wait()
+        finally:
+            self.background.close()
+
     def should_stop(self) -> bool:
-        """Whether the service wants an end; raises when this attempt is stale or on its own."""
+        """Whether the service wants an end.
+
+        Raises when this attempt is stale or on its own, and what the commit of a checkpoint raised.
+        """
+        self.background.check()
         self.rank.reporter.alive()
         self.rank.reporter.check()
         return self.rank.reporter.stop_requested
+
+    def _commit(self, snapshot: Snapshot, *, step: int, metrics: Mapping[str, float]) -> None:
+        """All that was measured before the checkpoint is with the service when the checkpoint is."""
+        self.rank.reporter.flush(timeout_s=DELIVERY_S)
+        self.writer.save(snapshot, step=step, metrics=metrics)
 
     @property
     def _plan(self) -> Plan:

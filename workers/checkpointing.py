@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cim_core.engine.state import TrainState, load_state, save_state
+from cim_core.engine.state import Snapshot, TrainState, load_state, take_snapshot
 from service.contracts.jobs import FileEntry
 from service.contracts.work import Checkpoint
 from service.store.base import CorruptObjectError, check_file
@@ -38,8 +38,12 @@ class CheckpointWriter:
     def __init__(self, store: JobStore, service: Commits, *, fingerprint: Mapping[str, Any]) -> None:
         self._store, self._service, self._fingerprint = store, service, dict(fingerprint)
 
-    def save(self, state: TrainState, *, step: int, metrics: Mapping[str, float]) -> Checkpoint:
-        """Write `state` after `step` steps and commit it; `metrics` are the latest of each.
+    def snapshot(self, state: TrainState) -> Snapshot:
+        """A copy of `state` to be saved while training goes on."""
+        return take_snapshot(state, fingerprint=self._fingerprint)
+
+    def save(self, snapshot: Snapshot, *, step: int, metrics: Mapping[str, float]) -> Checkpoint:
+        """Write what was copied after `step` steps and commit it; `metrics` are the latest of each.
 
         Raises:
             StaleAttempt: a newer attempt owns the job; nothing more may be written.
@@ -47,7 +51,7 @@ class CheckpointWriter:
         """
         prefix = f"{self._store.attempt_prefix}/checkpoints/step-{step}"
         with tempfile.TemporaryDirectory(prefix="cim-checkpoint-") as folder:
-            save_state(state, Path(folder), fingerprint=self._fingerprint)
+            snapshot.write(Path(folder))
             (Path(folder) / METRICS).write_text(json.dumps(dict(metrics)), encoding="utf-8")
             files = self._store.put_folder(prefix, Path(folder))
         manifest = {"step": step, "files": [entry.model_dump() for entry in files]}

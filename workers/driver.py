@@ -185,10 +185,11 @@ def _do(desk: Desk) -> Outcome:
 def _official_tokenizer(desk: Desk) -> str | None:
     """Where the ranks find OpenAI's tokenizer, if the spec wants that one. Fetched here, once for all."""
     spec, store = desk.attempt.spec, desk.attempt.assignment.store
-    if not isinstance(spec, PretrainSpec) or spec.model.tokenizer.source != DALL_E:
+    source = spec.model.tokenizer if isinstance(spec, PretrainSpec) else None
+    if source is None or source.source != DALL_E:
         return None
     official = OfficialTokenizer(
-        source=spec.model.tokenizer,
+        source=source,
         store=desk.store.store,
         address=store,
         allowed=desk.attempt.allowed,

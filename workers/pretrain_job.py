@@ -1,4 +1,4 @@
-"""`kind: pretrain`: Corrupted Image Modeling; leaves the encoder as the folder `encoder/`."""
+"""`kind: pretrain`: Corrupted Image Modeling or a peer of it; leaves the encoder as the folder `encoder/`."""
 
 import dataclasses
 import logging
@@ -10,10 +10,12 @@ import timm
 from PIL import Image
 from torch import nn
 
-from cim_core.cim import CIM, build_cim
 from cim_core.data.dataset import ImageDataset, ViewConfig
+from cim_core.diagnostics import NUM_IMAGES, diagnose
 from cim_core.durations import Plan, steps_of
 from cim_core.export import encoder_weights, export_encoder
+from cim_core.methods import build_model
+from cim_core.pretraining import Pretraining
 from cim_core.samples import sample_grid
 from cim_core.seeding import generator_for, seed_for
 from cim_core.task import cim_task
@@ -40,29 +42,29 @@ def run_pretrain(rank: Rank) -> Outcome:
     """Pre-train and export. Raises what `train` raises, and ModelError for an unusable tokenizer."""
     spec = spec_of(rank)
     seed = spec.training.seed
-    tokenizer = tokenizer_of(rank)
+    model = build_model(spec.model, tokenizer_of(rank), seed=seed_for(seed, "init", "cim")).to(rank.device)
     views = ViewConfig(
         image_size=spec.model.image_size,
-        token_size=spec.model.grid * tokenizer.stride,
+        token_size=model.token_size,
         crop_min=spec.training.crop_min,
         seed=seed,
     )
     dataset = ImageDataset(index_of(rank, "data"), views)
-    cim = build_cim(spec.model, tokenizer, seed=seed_for(seed, "init", "cim")).to(rank.device)
     outcome = train(
         rank,
         Training(
-            model=cim,
+            model=model,
             task=lambda module: cim_task(module, seed=seed),
             dataset=dataset,
-            picture=lambda: _picture(cim, dataset, seed=seed),
-            probe=lambda: _probe(rank, cim),
+            picture=lambda: _picture(model, dataset, seed=seed),
+            probe=lambda: _probe(rank, model),
             probe_steps=_probe_steps(spec, plan_of(rank)),
+            diagnose=lambda: _diagnose(model, dataset, seed=seed),
         ),
     )
     if outcome.stopped or not rank.leads:
         return outcome
-    return _finish(rank, cim, outcome)
+    return _finish(rank, model, outcome)
 
 
 def spec_of(rank: Rank) -> PretrainSpec:
@@ -72,21 +74,29 @@ def spec_of(rank: Rank) -> PretrainSpec:
     return spec
 
 
-def tokenizer_of(rank: Rank) -> Tokenizer:
-    """The frozen tokenizer that the spec names. Raises ModelError where it cannot be used."""
-    source = spec_of(rank).model.tokenizer.source
-    if source == FAKE:
+def tokenizer_of(rank: Rank) -> Tokenizer | None:
+    """The frozen tokenizer that the spec names, if any. Raises ModelError where it cannot be used."""
+    named = spec_of(rank).model.tokenizer
+    if named is None:
+        return None
+    if named.source == FAKE:
         log.warning("the tokenizer is FAKE, an untrained stand-in for tests: the encoder will be worthless")
         return FakeTokenizer()
     rank.say("fetching the tokenizer")
     cache = rank.attempt.downloads
-    given = rank.attempt.assignment.inputs.get("tokenizer", source)
+    given = rank.attempt.assignment.inputs.get("tokenizer", named.source)
     return load_tokenizer(cache.artifact(rank.work.tokenizer or given))
 
 
-def _picture(cim: CIM, dataset: ImageDataset, *, seed: int) -> Image.Image:
-    views = fixed_views(dataset, seed=seed, device=next(cim.parameters()).device)
-    return sample_grid(cim, views, generator=generator_for(seed, "pictures", "masks"))
+def _picture(model: Pretraining, dataset: ImageDataset, *, seed: int) -> Image.Image:
+    views = fixed_views(dataset, seed=seed, device=next(model.parameters()).device)
+    return sample_grid(model, views, generator=generator_for(seed, "pictures", "masks"))
+
+
+def _diagnose(model: Pretraining, dataset: ImageDataset, *, seed: int) -> dict[str, float]:
+    device = next(model.parameters()).device
+    views = fixed_views(dataset, seed=seed, device=device, count=NUM_IMAGES)
+    return diagnose(model, views, generator=generator_for(seed, "diagnostics", "masks"))
 
 
 def _probe_steps(spec: PretrainSpec, plan: Plan) -> frozenset[int]:
@@ -97,32 +107,32 @@ def _probe_steps(spec: PretrainSpec, plan: Plan) -> frozenset[int]:
     return frozenset(range(every, plan.total_steps, every)) | {plan.total_steps}
 
 
-def _probe(rank: Rank, cim: CIM) -> dict[str, float]:
+def _probe(rank: Rank, model: Pretraining) -> dict[str, float]:
     """Weighted k-NN accuracy of the encoder as it would be exported now; on all ranks."""
-    labelled = Labelled.of(rank, train="probe_train", val="probe_val", image_size=cim.config.image_size)
+    labelled = Labelled.of(rank, train="probe_train", val="probe_val", image_size=model.config.image_size)
     k = min(PROBE_K, len(labelled.train))
-    features = labelled.features(rank, encoder_of(cim), batch_size=PROBE_BATCH)
+    features = labelled.features(rank, encoder_of(model), batch_size=PROBE_BATCH)
     return {"probe_knn_top1": measure(features, k=k, temperature=PROBE_TEMPERATURE)}
 
 
-def encoder_of(cim: CIM) -> nn.Module:
+def encoder_of(model: Pretraining) -> nn.Module:
     """What a user of the export gets: weights (averaged where asked for) and pooling of timm's own model."""
-    plan = cim.enhancer.plan
-    model: nn.Module = timm.create_model(plan.name, **plan.export_args)
-    model.load_state_dict(encoder_weights(cim))
-    return model
+    plan = model.enhancer.plan
+    encoder: nn.Module = timm.create_model(plan.name, **plan.export_args)
+    encoder.load_state_dict(encoder_weights(model))
+    return encoder
 
 
-def _finish(rank: Rank, cim: CIM, outcome: Outcome) -> Outcome:
+def _finish(rank: Rank, model: Pretraining, outcome: Outcome) -> Outcome:
     rank.say("exporting the encoder")
     with tempfile.TemporaryDirectory(prefix="cim-encoder-") as folder:
-        export_encoder(cim, Path(folder), card=card_of(rank, cim.tokenizer, outcome))
+        export_encoder(model, Path(folder), card=card_of(rank, model.frozen, outcome))
         for entry in rank.store.put_folder("encoder", Path(folder)):
             rank.announce(entry)
     return conclude(rank, dataclasses.replace(outcome, files=rank.files))
 
 
-def card_of(rank: Rank, tokenizer: Tokenizer, outcome: Outcome) -> dict[str, Any]:
+def card_of(rank: Rank, tokenizer: Tokenizer | None, outcome: Outcome) -> dict[str, Any]:
     """Facts of the model card that the model itself does not know."""
     spec = spec_of(rank)
     index = index_of(rank, "data")

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from cim_core.data.dataset import ImageDataset, ViewConfig
+from cim_core.evaluation.features import evaluating
 from cim_core.seeding import generator_for
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
@@ -74,13 +75,9 @@ def _finish(rank: Rank, model: DiscreteVAE, unseen: ImageDataset, outcome: Outco
 
 def _picture(model: DiscreteVAE, unseen: ImageDataset, *, seed: int, device: torch.device) -> Image.Image:
     """Held-out images beside their reconstructions; the model's mode is kept."""
-    was_training = model.training
-    model.eval()
-    try:
-        views = fixed_views(unseen, seed=seed, device=device)
+    views = fixed_views(unseen, seed=seed, device=device)
+    with evaluating(model):
         return reconstruction_grid(model, views.pixels_B3HW.float() / 255)
-    finally:
-        model.train(was_training)
 
 
 def _pixels(dataset: ImageDataset, *, device: torch.device) -> Iterator[Tensor]:

@@ -15,6 +15,8 @@ from cim_core.data.dataset import ImageDataset, Views, collate
 from cim_core.data.loading import ImageLoader
 from cim_core.data.sampler import SampleId
 from cim_core.durations import Plan
+from cim_core.engine.acceleration import accelerate
+from cim_core.engine.background import Background
 from cim_core.engine.fit import fit
 from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
@@ -44,6 +46,7 @@ class Training:
     picture: Picture
     probe: Probe | None = None
     probe_steps: frozenset[int] = frozenset()
+    diagnose: Probe | None = None  # on rank 0 alone, with each picture
 
 
 def train(rank: Rank, training: Training) -> Outcome:
@@ -56,6 +59,7 @@ def train(rank: Rank, training: Training) -> Outcome:
     """
     config, plan = config_of(rank), plan_of(rank)
     log.info("%d steps in %s", plan.total_steps, config.precision)
+    accelerate(training.model, config, rank.device)
     state = TrainState(model=training.model, optimizer=build_optimizer(training.model, config))
     callbacks = RankCallbacks(
         rank=rank,
@@ -63,19 +67,22 @@ def train(rank: Rank, training: Training) -> Outcome:
         picture=training.picture,
         probe=training.probe,
         probe_steps=training.probe_steps,
+        diagnose=training.diagnose,
         latest=_resume(rank, state),
+        background=Background(enabled=config.async_checkpoints),
     )
     module = _wrapped(training.model, rank)
-    result = fit(
-        training.task(module),
-        state,
-        _loader(rank, training.dataset),
-        dataclasses.replace(plan, sample_steps=plan.sample_steps | training.probe_steps),
-        config,
-        callbacks=callbacks,
-        device=rank.device,
-        no_sync=module.no_sync if isinstance(module, DistributedDataParallel) else None,
-    )
+    with callbacks.finishing():
+        result = fit(
+            training.task(module),
+            state,
+            _loader(rank, training.dataset),
+            dataclasses.replace(plan, sample_steps=plan.sample_steps | training.probe_steps),
+            config,
+            callbacks=callbacks,
+            device=rank.device,
+            no_sync=module.no_sync if isinstance(module, DistributedDataParallel) else None,
+        )
     return Outcome(
         stopped=result.stopped,
         step=result.step,
@@ -114,10 +121,12 @@ def plan_of(rank: Rank) -> Plan:
     return rank.work.plan
 
 
-def fixed_views(dataset: ImageDataset, *, seed: int, device: torch.device) -> Views:
-    """Some images for pictures, the same ones in every attempt and at every step."""
+def fixed_views(
+    dataset: ImageDataset, *, seed: int, device: torch.device, count: int = NUM_PICTURES
+) -> Views:
+    """`count` images at most for pictures, the same ones in every attempt and at every step."""
     order = torch.randperm(len(dataset), generator=generator_for(seed, "pictures")).tolist()
-    views = collate([dataset[SampleId(0, place)] for place in order[:NUM_PICTURES]])
+    views = collate([dataset[SampleId(0, place)] for place in order[:count]])
     return views.to(device)
 
 

@@ -45,13 +45,19 @@ class Views:
     def split(self, parts: int) -> list["Views"]:
         """`parts` batches of equal size, in order; the size must be divisible."""
         assert len(self) % parts == 0, f"{len(self)} images do not make {parts} equal parts"
+        return self.portions(len(self) // parts)
+
+    def portions(self, size: int) -> list["Views"]:
+        """Batches of `size` images, in order; the last one may be smaller."""
         return [
             Views(pixels_B3HW=pixels, token_pixels_B3HW=token_pixels, ids_B2=ids)
             for pixels, token_pixels, ids in zip(
-                self.pixels_B3HW.chunk(parts), self.token_pixels_B3HW.chunk(parts), self.ids_B2.chunk(parts),
+                torch.split(self.pixels_B3HW, size),
+                torch.split(self.token_pixels_B3HW, size),
+                torch.split(self.ids_B2, size),
                 strict=True,
             )
-        ]  # fmt: skip
+        ]
 
     def to(self, device: torch.device) -> "Views":
         """The pictures on `device`; the ids stay where they are."""
@@ -60,6 +66,11 @@ class Views:
             pixels_B3HW=self.pixels_B3HW.to(device, non_blocking=True),
             token_pixels_B3HW=self.token_pixels_B3HW.to(device, non_blocking=True),
         )
+
+    def hold(self, stream: torch.cuda.Stream) -> None:
+        """Keep the pictures' memory on a GPU, once released, until `stream` is done with it."""
+        self.pixels_B3HW.record_stream(stream)
+        self.token_pixels_B3HW.record_stream(stream)
 
     def pin(self) -> "Views":
         """The pictures in page-locked memory, from which copies to a GPU need not wait."""

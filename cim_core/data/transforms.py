@@ -21,6 +21,7 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")
 MAX_PIXELS = 89_478_485  # as Pillow's own warning: 256 MiB of RGB
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # red, green, blue in [0, 1]
 BICUBIC, LANCZOS = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = {

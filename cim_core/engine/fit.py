@@ -1,13 +1,16 @@
-"""The training loop: step, report, sample, save, stop. Everything else is a callback."""
+"""The training loop: step, report, sample, save, stop. Everything else is a callback.
+
+The numbers of a step are read when the next one is queued, so that a GPU is never idle meanwhile; before
+a picture, a checkpoint and the end they are waited for. A CPU has them at once.
+"""
 
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from cim_core.config import TrainingConfig
 from cim_core.durations import Plan
@@ -16,6 +19,7 @@ from cim_core.engine.callbacks import Callbacks, StepReport
 from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import Batch, BatchT, NoSync, StepResult, Task, train_step
+from cim_core.engine.transfer import on_device
 
 BatchT_co = TypeVar("BatchT_co", bound=Batch, covariant=True)
 
@@ -49,21 +53,19 @@ def fit(
     """Train from `state.step` to the end of `plan`, or until rank 0 wants to stop.
 
     A state that is already finished trains nothing: its reports, picture and checkpoint were made
-    before that checkpoint could be committed. Raises NonFiniteError on all ranks, as `train_step`.
+    before that checkpoint could be committed. Raises NonFiniteError on all ranks, as `StepResult.read`.
     """
     training = with_precision(training, device)
     _begin(callbacks, state, plan)
-    pace = Pace(plan.batch_size, start=state.step)
+    reports = _Reports(callbacks, state, plan, training)
     stopped = False
     with closing(loader.steps(state.step, plan.total_steps)) as batches:
-        for batch in batches:
+        for batch in on_device(batches, device):
             wish = dist.rank() == 0 and callbacks.should_stop()
             result = train_step(
                 task, state, batch, plan=plan, training=training, device=device, stop=wish, no_sync=no_sync
             )
-            stopped = result.stop and state.step < plan.total_steps
-            if _report_is_due(state.step, plan, training):
-                callbacks.on_step(_report(result, state.step, pace))
+            stopped = reports.follow(result) and state.step < plan.total_steps
             if state.step in plan.sample_steps:
                 callbacks.on_sample(state.step)
             if stopped or state.step in plan.checkpoint_steps:
@@ -97,21 +99,38 @@ class Pace:
         return images / max(seconds, 1e-9)
 
 
-def _report_is_due(step: int, plan: Plan, training: TrainingConfig) -> bool:
-    return step == 1 or step % training.log_every == 0 or step == plan.total_steps
+class _Reports:
+    """Reads each step's numbers, the latest ones as late as it may, and reports those that are due."""
 
+    def __init__(self, callbacks: Callbacks, state: TrainState, plan: Plan, training: TrainingConfig) -> None:
+        self._callbacks, self._state, self._plan, self._training = callbacks, state, plan, training
+        self._pace = Pace(plan.batch_size, start=state.step)
+        self._unread: StepResult | None = None
 
-def _report(result: StepResult, step: int, pace: Pace) -> StepReport:
-    return StepReport(
-        step=step,
-        metrics=rank_means(result.metrics),
-        images_per_s=pace.since_last(step),
-        learning_rate=result.learning_rate,
-    )
+    def follow(self, result: StepResult) -> bool:
+        """Take the step that was just queued; whether a step that was read ends the training."""
+        stop = self._read()
+        self._unread = result
+        plan = self._plan
+        borders = plan.sample_steps | plan.checkpoint_steps | {plan.total_steps}
+        if stop or result.numbers.at_hand or result.step in borders:
+            stop = self._read() or stop
+        return stop
 
+    def _read(self) -> bool:
+        if self._unread is None:
+            return False
+        result, self._unread = self._unread, None
+        seen = result.read(self._state)
+        if self._is_due(result.step):
+            report = StepReport(
+                step=result.step,
+                metrics=seen.means,
+                images_per_s=self._pace.since_last(result.step),
+                learning_rate=result.learning_rate,
+            )
+            self._callbacks.on_step(report)
+        return seen.stop
 
-def rank_means(metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """The one place where metrics are read back from the device: each averaged over the ranks."""
-    names = sorted(metrics)
-    total = dist.all_reduce_sum(torch.stack([metrics[name].float() for name in names]))
-    return dict(zip(names, (total / dist.world_size()).tolist(), strict=True))
+    def _is_due(self, step: int) -> bool:
+        return step == 1 or step % self._training.log_every == 0 or step == self._plan.total_steps

@@ -15,10 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from cim_core.engine.transfer import Copies
 from cim_core.errors import CheckpointMismatchError
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
+# Settings that came later, and what stood for them before: a checkpoint without them is no other run's.
+ADDED = {"model.method": "cim"}
 
 
 @dataclass(kw_only=True)
@@ -30,18 +33,29 @@ class TrainState:
     step: int = 0
 
 
-def save_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any]) -> None:
-    """Write `state` into `folder`, made where missing; an existing state there is replaced.
+@dataclass(frozen=True)
+class Snapshot:
+    """A state as it was, copied to the CPU or on its way there: training may go on meanwhile."""
 
-    Args:
-        state: what to save; its tensors may lie on any device.
-        folder: a folder of this checkpoint alone.
-        fingerprint: the resolved settings that a resume must share, as a tree of plain values.
+    tensors: Copies
+    record: Mapping[str, Any]
 
-    Raises:
-        OSError: the folder cannot be written; what lies in it then is no valid state.
+    def write(self, folder: Path) -> None:
+        """Write into `folder`, made where missing; an existing state there is replaced.
+
+        Raises OSError where the folder cannot be written; what lies in it then is no valid state.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RECORD).unlink(missing_ok=True)
+        save_file(self.tensors.wait(), folder / TENSORS)
+        (folder / RECORD).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+
+
+def take_snapshot(state: TrainState, *, fingerprint: Mapping[str, Any]) -> Snapshot:
+    """Copy all of `state`, whose tensors may lie on any device; does not wait for a GPU.
+
+    `fingerprint` is the resolved settings that a resume must share, as a tree of plain values.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     tensors, aliases = _model_tensors(state.model)
     tensors |= _optimizer_tensors(state)
     record = {
@@ -51,9 +65,12 @@ def save_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any
         "tensors": sorted(tensors),
         "aliases": aliases,
     }
-    (folder / RECORD).unlink(missing_ok=True)
-    save_file({name: _portable(tensor) for name, tensor in tensors.items()}, folder / TENSORS)
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    return Snapshot(Copies(tensors), record)  # safetensors refuses shared and strided memory
+
+
+def save_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any]) -> None:
+    """`take_snapshot` and `Snapshot.write` in one."""
+    take_snapshot(state, fingerprint=fingerprint).write(folder)
 
 
 def load_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any]) -> None:
@@ -108,11 +125,6 @@ def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
         for name, parameter in state.model.named_parameters()
         for key, value in state.optimizer.state.get(parameter, {}).items()
     }
-
-
-def _portable(tensor: Tensor) -> Tensor:
-    """A copy on the CPU with memory of its own: safetensors refuses shared and strided memory."""
-    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -176,11 +188,12 @@ def _differing_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> li
 
 
 def _differing_settings(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    was, here = _leaves(saved), _leaves(json.loads(json.dumps(dict(now))))
+    was, here = ADDED | _leaves(saved), ADDED | _leaves(json.loads(json.dumps(dict(now))))
+    # None and absent are one: both leave a setting open.
     return [
         f"{key} was {was.get(key, 'absent')!r}, now {here.get(key, 'absent')!r}"
         for key in sorted({*was, *here})
-        if (key in was, was.get(key)) != (key in here, here.get(key))
+        if was.get(key) != here.get(key)
     ]
 
 
@@ -201,15 +214,23 @@ def _trained(state: TrainState) -> dict[str, nn.Parameter]:
 
 def _load_optimizer(state: TrainState, tensors: Mapping[str, Tensor]) -> None:
     """Through the optimizer's own loader, which places each tensor as this optimizer wants it."""
-    names = {id(p): name for name, p in _trained(state).items()}
+    parameters = _trained(state)
+    names = {id(p): name for name, p in parameters.items()}
     order = [names[id(p)] for group in state.optimizer.param_groups for p in group["params"]]
     by_name: dict[str, dict[str, Tensor]] = {}
     for path, tensor in _below("optimizer/", tensors).items():
         key, name = path.split("/", 1)
-        by_name.setdefault(name, {})[key] = tensor
+        by_name.setdefault(name, {})[key] = _laid_out(tensor, parameters[name])
     states = {index: by_name[name] for index, name in enumerate(order) if name in by_name}
     groups = state.optimizer.state_dict()["param_groups"]
     state.optimizer.load_state_dict({"state": states, "param_groups": groups})
+
+
+def _laid_out(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """`tensor` with the strides of its parameter, which a fused optimizer asks for."""
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_strided(parameter.shape, parameter.stride(), dtype=tensor.dtype).copy_(tensor)
 
 
 def _kind(tensor: Tensor) -> str:

@@ -2,8 +2,13 @@
 
 The forward pass knows one device. What several processes need comes from outside: a wrapped module
 inside the task, and its `no_sync` for all but the last micro-batch.
+
+Nothing here waits for a GPU. Whether all was finite is decided there: a fused optimizer leaves the
+weights alone where the flag `found_inf` is up, in that step and in all after it, and the host hears of
+it when it reads the step's numbers, which `fit` does when the next step is queued.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,6 +22,7 @@ from cim_core.durations import Plan
 from cim_core.ema import update_averages
 from cim_core.engine import dist
 from cim_core.engine.state import TrainState
+from cim_core.engine.transfer import Movable, Readback
 from cim_core.errors import NonFiniteError
 from cim_core.schedule import learning_rate
 from cim_core.seeding import seed_for
@@ -24,14 +30,11 @@ from cim_core.seeding import seed_for
 NoSync = Callable[[], AbstractContextManager[None]]
 
 
-class Batch(Protocol):
+class Batch(Movable, Protocol):
     """This rank's part of one step."""
 
     def split(self, parts: int) -> Sequence[Self]:
         """`parts` micro-batches of equal size, in order."""
-
-    def to(self, device: torch.device) -> Self:
-        """The same batch on `device`."""
 
 
 class TaskOutput(Protocol):
@@ -59,13 +62,44 @@ class Task(Protocol[BatchT_contra]):
         """One forward pass; `step` completed steps before it, `progress` of the training in [0, 1)."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What all ranks know of a step once it was read back."""
+
+    means: dict[str, float]  # of each metric over the ranks
+    stop: bool  # a rank wanted to stop
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step leaves on the device; nothing of it has been read back."""
+    """What one step leaves on the device, and its numbers on their way to the host."""
 
-    metrics: dict[str, Tensor]
+    step: int  # completed steps, this one among them
+    metrics: dict[str, Tensor]  # of this rank
     learning_rate: float
-    stop: bool  # agreed by all ranks
+    numbers: Readback  # means over the ranks: the metrics by name, then the wish to stop
+
+    def read(self, state: TrainState) -> Seen:
+        """The step as all ranks see it; may be asked again.
+
+        Raises:
+            NonFiniteError: on every rank, where the loss or the gradient of one was not finite; `state`
+                is then as before the step (but for buffers that a forward pass moves).
+        """
+        names = sorted(self.metrics)
+        *values, stop = self.numbers.values()
+        # A metric alone may rightly be infinite; it is named because it may be the term that broke first.
+        bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        if not _DECISIVE.isdisjoint(bad):
+            state.optimizer.zero_grad(set_to_none=True)
+            vars(state.optimizer).pop(_FLAG, None)
+            state.step = self.step - 1
+            raise NonFiniteError(_lesson(bad, step=state.step))
+        return Seen(dict(zip(names, values, strict=True)), stop=stop > 0)
+
+
+_DECISIVE = frozenset({"loss", "grad_norm"})
+_FLAG = "found_inf"  # the attribute that torch's fused optimizers obey, made for its GradScaler
 
 
 def train_step(
@@ -81,23 +115,26 @@ def train_step(
 ) -> StepResult:
     """Do one optimizer step on `batch`; `stop` is this rank's wish to end after it.
 
-    Raises:
-        NonFiniteError: on every rank where the loss or the gradient of one is not finite; weights and
-            optimizer are as before the step (buffers that a forward pass moves may have moved).
+    On a CPU, and where the optimizer cannot skip a step by itself, the numbers are read before anything
+    moves, and NonFiniteError is raised here; else by `StepResult.read`, to be called before the result
+    of the next step is used.
     """
     rate = set_learning_rate(state, training, plan)
     state.optimizer.zero_grad(set_to_none=True)
     metrics = _accumulate(task, state, batch, plan=plan, training=training, device=device, no_sync=no_sync)
-    gradients = _gradients(state)
-    metrics["grad_norm"] = torch.nn.utils.get_total_norm(gradients)
-    stop = _agree(metrics, state=state, stop=stop)
+    metrics["grad_norm"] = torch.nn.utils.get_total_norm(_gradients(state))
+    means_K = _means(metrics, stop=stop)
+    result = StepResult(step=state.step + 1, metrics=metrics, learning_rate=rate, numbers=Readback(means_K))
+    skips_broken_steps = bool(state.optimizer.defaults.get("fused"))
+    if result.numbers.at_hand or not skips_broken_steps:
+        result.read(state)
+    broken = _flag(state.optimizer, metrics, means_K) if skips_broken_steps else None
     if training.clip_norm > 0:
-        parameters = _parameters(state)
-        torch.nn.utils.clip_grads_with_norm_(parameters, training.clip_norm, metrics["grad_norm"])
+        torch.nn.utils.clip_grads_with_norm_(_parameters(state), training.clip_norm, metrics["grad_norm"])
     state.optimizer.step()
-    update_averages(state.model)
+    update_averages(state.model, unless=broken)
     state.step += 1
-    return StepResult(metrics=metrics, learning_rate=rate, stop=stop)
+    return result
 
 
 def set_learning_rate(state: TrainState, training: TrainingConfig, plan: Plan) -> float:
@@ -150,21 +187,28 @@ def _parameters(state: TrainState) -> list[Tensor]:
     return [p for group in state.optimizer.param_groups for p in group["params"]]
 
 
-def _agree(metrics: Mapping[str, Tensor], *, state: TrainState, stop: bool) -> bool:
-    """One collective for all that ranks must decide together: raise as one, stop as one.
+def _means(metrics: Mapping[str, Tensor], *, stop: bool) -> Tensor:
+    """One collective for all that ranks must know together: each metric's mean, and of the wish to stop.
 
-    Every metric is looked at, so that the message can name the loss term that broke first; only a
-    broken loss or gradient is an error, since a metric may rightly be infinite.
+    What is not finite on one rank is not finite in the mean.
+    """
+    values = [metrics[name].float() for name in sorted(metrics)]
+    wish = torch.full_like(values[0], float(stop))
+    return dist.all_reduce_sum(torch.stack([*values, wish])) / dist.world_size()
+
+
+def _flag(optimizer: torch.optim.Optimizer, metrics: Mapping[str, Tensor], means_K: Tensor) -> Tensor:
+    """Raise the flag, 1.0, where this step is broken on any rank; once up it stays up, until it was read.
+
+    So a step that was queued before the host knew moves nothing either.
     """
     names = sorted(metrics)
-    broken = torch.stack([~torch.isfinite(metrics[name]) for name in names]).float()
-    flags = torch.cat([broken, broken.new_tensor([float(stop)])])
-    *seen, stopping = dist.all_reduce_sum(flags).tolist()
-    bad = [name for name, count in zip(names, seen, strict=True) if count]
-    if "loss" in bad or "grad_norm" in bad:
-        state.optimizer.zero_grad(set_to_none=True)
-        raise NonFiniteError(_lesson(bad, step=state.step))
-    return bool(stopping > 0)
+    decisive = torch.stack([means_K[names.index(name)] for name in sorted(_DECISIVE)])
+    broken = (~decisive.isfinite().all()).float()
+    before = getattr(optimizer, _FLAG, None)
+    flag = broken if before is None else torch.maximum(before, broken)
+    setattr(optimizer, _FLAG, flag)
+    return flag
 
 
 def _lesson(bad: Sequence[str], *, step: int) -> str:

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cim_core.cim import CIM, FAKE_SOURCE, build_cim
+from cim_core.cim import CIM
 from cim_core.config import (
     DALL_E,
-    MaskingConfig,
     ModelConfig,
     TokenizerConfig,
     TokenizerSource,
@@ -27,7 +26,11 @@ from cim_core.data.dataset import Views
 from cim_core.estimate.dry_run import MemoryMeter, dry_run, fake_weights, multiplications
 from cim_core.estimate.memory import MemoryCost, step_memory
 from cim_core.masking import count_range
+from cim_core.masking_config import MaskingConfig
+from cim_core.methods import build_model
 from cim_core.objectives.base import Truth
+from cim_core.peers.base import Peer
+from cim_core.pretraining import FAKE_SOURCE, Pretraining
 from cim_core.tokenizers.base import Tokenizer
 from cim_core.tokenizers.dalle import DalleConfig, dalle_on_meta
 from cim_core.tokenizers.dvae import DiscreteVAE
@@ -62,32 +65,27 @@ def pretrain_cost(
         ModelError, ConfigError: the model cannot be built.
     """
     # Where an image is masked has no influence, and blocks cannot be placed without numbers.
-    model = replace(model, masking=replace(model.masking, strategy="random"))
+    model = replace(model, masking=replace(model.masking, strategy="random")).resolved
     with torch.device("meta"):
-        frozen = _frozen_tokenizer(model.tokenizer, tokenizer)
-        if frozen.is_fake:
+        frozen = None if model.tokenizer is None else _frozen_tokenizer(model.tokenizer, tokenizer)
+        if frozen is not None and frozen.is_fake:
             model = replace(model, tokenizer=TokenizerSource(source=FAKE_SOURCE))
-        cim = build_cim(model, frozen)
-    with _on_fakes(cim, frozen, masked_share=_masked_share(model.grid, model.masking)) as meter:
-        macs = _pretrain_macs(cim)
+        built = build_model(model, frozen)
+    token_size = built.token_size or 0
+    with _on_fakes(built, frozen, masked_share=_masked_share(model.grid, model.masking)) as meter:
+        macs = _cim_macs(built) if isinstance(built, CIM) else _peer_macs(built)
         memory = step_memory(
-            cim,
-            lambda views: cim(views, generator=torch.Generator()),
-            lambda: _views(model.image_size, model.grid * frozen.stride, training.batch_size // num_workers),
+            built,
+            lambda views: built(views, generator=torch.Generator()),
+            lambda: _views(model.image_size, token_size, training.batch_size // num_workers),
             frozen=frozen,
             training=training,
             num_workers=num_workers,
             meter=meter,
         )
-    parts: dict[str, object] = {
-        "enhancer": cim.enhancer,
-        "generator": cim.generator,
-        "head": cim.objective,
-        "tokenizer": frozen,
-    }
-    frozen_macs = macs["tokenizer_encode"] + macs["tokenizer_decode"]
+    frozen_macs = sum(value for part, value in macs.items() if part.startswith("tokenizer"))
     return Cost(
-        parameters={name: _num_parameters(part) for name, part in parts.items()},
+        parameters=_parameters(built),
         macs_per_image=macs,
         macs_per_training_image=TRAINED * (sum(macs.values()) - frozen_macs) + frozen_macs,
         memory_per_worker=memory,
@@ -145,7 +143,7 @@ def _masked_share(grid: int, masking: MaskingConfig) -> float:
     return sum(count_range(grid, masking)) / 2 / grid**2
 
 
-def _pretrain_macs(cim: CIM) -> dict[str, int]:
+def _cim_macs(cim: CIM) -> dict[str, int]:
     """Of the forward pass of one image, by part."""
     side, grid, width = cim.config.image_size, cim.grid, cim.enhancer.width
     image_B3HW = torch.empty(1, 3, side, side)
@@ -161,6 +159,35 @@ def _pretrain_macs(cim: CIM) -> dict[str, int]:
         "tokenizer_encode": multiplications(lambda: cim.tokenizer.encode(view_B3TT)),
         "tokenizer_decode": multiplications(lambda: cim.tokenizer.decode(ids_Bhw)),
     }
+
+
+def _peer_macs(model: Pretraining) -> dict[str, int]:
+    """Likewise; the head, or decoder, is what is left of a whole pass."""
+    assert isinstance(model, Peer)
+    side = model.config.image_size
+    image_B3HW, mask_BN = torch.empty(1, 3, side, side), torch.empty(1, model.grid**2, dtype=torch.bool)
+    views = _views(side, model.token_size or 0, 1)
+    macs = {"enhancer": multiplications(lambda: model.encode(image_B3HW, mask_BN))}
+    if model.frozen is not None:
+        view_B3TT = views.token_pixels_B3HW.float()
+        macs["tokenizer_encode"] = multiplications(lambda: model.tokenizer.encode(view_B3TT))
+    whole = multiplications(lambda: model(views, generator=torch.Generator()))
+    return macs | {_head_of(model): whole - sum(macs.values())}
+
+
+def _parameters(model: Pretraining) -> dict[str, int]:
+    """By part; the mask token counts to the head."""
+    encoder, frozen = _num_parameters(model.enhancer), _num_parameters(model.frozen)
+    if isinstance(model, CIM):
+        parts = {"generator": _num_parameters(model.generator), "head": _num_parameters(model.objective)}
+    else:
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        parts = {_head_of(model): trained - encoder}
+    return {"enhancer": encoder, **parts, **({} if model.frozen is None else {"tokenizer": frozen})}
+
+
+def _head_of(model: Pretraining) -> str:
+    return "decoder" if model.config.decoder is not None else "head"
 
 
 def _tokenizer_macs(model: DiscreteVAE) -> dict[str, int]:

@@ -85,23 +85,11 @@ class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return False if args[0].dtype == torch.bool else 1
         if func is aten.bincount.default:
             return args[0].new_empty(kwargs.get("minlength", args[2] if len(args) > 2 else 0))
-        if func is aten.index.Tensor and _is_mask(args[1]):
-            (mask,) = args[1]
-            return args[0].new_empty(self._selected(mask), *args[0].shape[mask.dim() :])
-        if func is aten.exponential_.default or (func in _WRITES and _is_mask(args[1])):
+        if func is aten.nonzero.default:
+            return args[0].new_empty(round(self._share * args[0].numel()), args[0].dim(), dtype=torch.int64)
+        if func is aten.exponential_.default:
             return args[0]
         return func(*args, **kwargs)
-
-    def _selected(self, mask: Tensor) -> int:
-        return round(self._share * mask.numel())
-
-
-_WRITES = (aten.index_put_.default, aten._index_put_impl_.default)
-
-
-def _is_mask(indices: Sequence[Tensor | None]) -> bool:
-    """Whether a tensor is indexed by one truth mask over its first sides."""
-    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
 
 
 def multiplications(run: Callable[[], object]) -> int:

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from cim_core.data.dataset import ImageDataset
+from cim_core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 MAX_THREADS = 8
 
 
@@ -42,7 +41,7 @@ def extract(
     labels_R = torch.tensor([dataset.label(place) for place in places], dtype=torch.int64)
     backbone.to(device)
     features: list[Tensor] = []
-    with _frozen(backbone):
+    with evaluating(backbone), torch.no_grad():
         for pixels_B3HW in _batches(dataset, places, batch_size):
             images_B3HW = normalise(pixels_B3HW.to(device))
             features.append(pooled(backbone, images_B3HW).float().cpu())
@@ -72,13 +71,12 @@ def pooled(backbone: nn.Module, images_B3HW: Tensor) -> Tensor:
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no gradients inside; each submodule's own mode again behind it."""
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; each submodule's own mode again behind it."""
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for part, training in modes:
             part.training = training

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from cim_core.config import GeneratorConfig
 from cim_core.errors import ConfigError
+from cim_core.masking import masked_positions
 from cim_core.models.init import init_blocks, init_linear, trunc_normal
 
 CNN_WIDTH = 384  # of a generator whose enhancer is no ViT; METHOD: two re-implementations use it
@@ -84,11 +85,14 @@ class SmallBEiT(nn.Module):
         self._shared = (shared.patch_embed if shared else None, shared_blocks)
         self._init_own_weights()
 
-    def forward(self, images_B3HW: Tensor, mask_BN: Tensor) -> Tensor:
+    def forward(self, images_B3HW: Tensor, mask_BN: Tensor, positions_M: Tensor | None = None) -> Tensor:
         """Logits [M, V] at the masked positions, in the order of `mask_BN.nonzero()`.
 
-        `images_B3HW` are ImageNet-normalised; `mask_BN` is boolean, True where masked.
+        `images_B3HW` are ImageNet-normalised; `mask_BN` is boolean, True where masked. `positions_M`
+        are its `masked_positions`; where they are not given, the mask is asked, which waits for a GPU.
         """
+        if positions_M is None:
+            positions_M = masked_positions(mask_BN)
         shared_embed, shared_blocks = self._shared
         embed = self.patch_embed if shared_embed is None else shared_embed
         assert embed is not None
@@ -100,13 +104,19 @@ class SmallBEiT(nn.Module):
         bias = {} if self.rel_pos_bias is None else {"shared_rel_pos_bias": self.rel_pos_bias()}
         for block in (*shared_blocks, *self.blocks):
             x = block(x, **bias)
-        hidden_MD = self.norm(x)[:, 1:][mask_BN]
+        hidden_MD = self.norm(x)[:, 1:].flatten(0, 1).index_select(0, positions_M)
         logits_MV: Tensor = self.lm_head(hidden_MD)
         return logits_MV
 
     def apply_mask(self, tokens_BND: Tensor, mask_BN: Tensor) -> Tensor:
         """Put the mask token in place of every masked patch embedding, so that none can be read."""
         return torch.where(mask_BN[..., None], self.mask_token.to(tokens_BND.dtype), tokens_BND)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """The weights that are used here and belong to the enhancer; empty where nothing is shared."""
+        shared_embed, shared_blocks = self._shared
+        layers = [layer for layer in (shared_embed, *shared_blocks) if layer is not None]
+        return [parameter for layer in layers for parameter in layer.parameters()]
 
     def _init_own_weights(self) -> None:
         for parameter in (self.mask_token, self.cls_token, self.pos_embed):

@@ -44,7 +44,7 @@ def images_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
 
 def models_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
     """Dotted path and address, or other source, of each trained network that the job starts from."""
-    if isinstance(spec, PretrainSpec):
+    if isinstance(spec, PretrainSpec) and spec.model.tokenizer is not None:
         yield "model.tokenizer.source", spec.model.tokenizer.source
     if isinstance(spec, EvaluateSpec):
         yield "encoder", spec.encoder
@@ -52,7 +52,7 @@ def models_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
 
 def official_files_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
     """Dotted path and address of OpenAI's files, where the spec names its own copies."""
-    if isinstance(spec, PretrainSpec):
+    if isinstance(spec, PretrainSpec) and spec.model.tokenizer is not None:
         given = spec.model.tokenizer
         files = (("encoder", given.encoder), ("decoder", given.decoder))
         yield from ((f"model.tokenizer.{name}", uri) for name, uri in files if uri is not None)

@@ -60,8 +60,14 @@ def _model(model: ModelConfig) -> Iterator[FieldProblem]:
         told = f"must give a width (embed_dim) that num_heads divides, got {facts.width} and {facts.heads}"
         yield _problem("model.enhancer.options", told, dict(model.enhancer.options))
     else:
-        yield from _sharing(model, facts)
+        yield from _sharing(model, facts) if model.method == "cim" else _peer(model, facts)
         yield from _checkpointing(model.enhancer, facts)
+
+
+def _peer(model: ModelConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
+    if not facts.can_share:
+        told = f"must be a plain ViT of timm for method {model.method}, as vit_small_patch16_224 is"
+        yield _problem("model.enhancer.name", f"{told}, got {model.enhancer.name!r}", model.enhancer.name)
 
 
 def _checkpointing(enhancer: EnhancerConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
@@ -71,10 +77,10 @@ def _checkpointing(enhancer: EnhancerConfig, facts: EnhancerFacts) -> Iterator[F
 
 
 def _sharing(model: ModelConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]:
-    shared = model.enhancer.shared_blocks
+    shared, generator = model.enhancer.shared_blocks, model.generator or GeneratorConfig()
     if not shared:
         # An open key becomes two shared blocks, but only where nothing else stands against it.
-        yield from _heads(model.generator, facts)
+        yield from _heads(generator, facts)
         return
     where = "model.enhancer.shared_blocks"
     if not facts.can_share:
@@ -84,7 +90,7 @@ def _sharing(model: ModelConfig, facts: EnhancerFacts) -> Iterator[FieldProblem]
     if facts.depth is not None and shared > facts.depth:
         yield _problem(where, f"must not exceed the enhancer's {facts.depth} blocks, got {shared}", shared)
     for key, theirs in (("width", facts.width), ("heads", facts.heads)):
-        ours = getattr(model.generator, key)
+        ours = getattr(generator, key)
         if ours is not None and theirs is not None and ours != theirs:
             rule = f"must be the enhancer's {theirs} where blocks are shared (or leave it out)"
             yield _problem(f"model.generator.{key}", f"{rule}, got {ours}", ours)

@@ -6,6 +6,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from cim_core.config import NEEDED
 from cim_core.errors import ConfigError
 from service.contracts.problems import FieldProblem
 from service.contracts.spec_keys import MODELS, Part, advice, dotted
@@ -44,6 +45,18 @@ def problems_of(error: ErrorDetails, raw: Mapping[str, Any], *, kind: str) -> It
     yield FieldProblem(
         path=dotted(parts), message=_lesson(error, parts, kind=kind), value=shown(_value_at(raw, parts))
     )
+
+
+def missing_for_method(raw: Mapping[str, Any], *, kind: str) -> Iterator[FieldProblem]:
+    """What the method of a pre-training cannot do without. Where another key is broken, no model tells."""
+    model = raw.get("model")
+    if kind != "pretrain" or not isinstance(model, Mapping):
+        return
+    method = model.get("method", "cim")
+    for name in NEEDED.get(method, ()) if isinstance(method, str) else ():
+        if model.get(name) is None:
+            path = f"model.{name}"
+            yield FieldProblem(path=path, message=f"is required: {_REQUIRED[path]}")
 
 
 def place_of(error: ErrorDetails, raw: Mapping[str, Any], *, kind: str) -> tuple[Part, ...]:

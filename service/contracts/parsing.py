@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from cim_core.errors import ConfigError
 from service.contracts import checks
 from service.contracts.addresses import without_secrets
-from service.contracts.lessons import place_of, problems_of, shown, unknown_kind
+from service.contracts.lessons import missing_for_method, place_of, problems_of, shown, unknown_kind
 from service.contracts.problems import FieldProblem
 from service.contracts.recipes import expand
 from service.contracts.spec_keys import MODELS, Part, dotted
@@ -86,7 +86,8 @@ def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:
 def _examine_kind(raw: Mapping[str, Any], kind: str) -> tuple[AnySpec | None, list[FieldProblem]]:
     """Validate, take what is wrong out, validate the rest: a broken part must not hide other mistakes."""
     unsound = dict(_unsound(raw))
-    found = {problem.path: problem for problem in unsound.values()}
+    told = (*unsound.values(), *missing_for_method(raw, kind=kind))
+    found = {problem.path: problem for problem in told}
     removed = set(unsound)
     rest: Any = _without(raw, removed)
     for _ in range(_MOST_ROUNDS):

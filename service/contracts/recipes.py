@@ -15,7 +15,7 @@ from pydantic import Field
 from service.contracts.base import Stored
 from service.contracts.problems import FieldProblem
 
-_METHODS = {"pretrain": "CIM", "tokenizer": "tokenizer"}
+METHODS = {"cim": "CIM", "beit": "BEiT", "simmim": "SimMIM", "mae": "MAE"}
 # Of these one alone says how long something lasts, so giving another one replaces it.
 _LENGTHS = ("steps", "epochs", "images")
 
@@ -25,7 +25,9 @@ class RecipeSummary(Stored):
 
     name: str
     kind: str
-    method: str = Field(description="CIM (corrupted image modeling), or the training of a tokenizer.")
+    method: str = Field(
+        description="CIM (corrupted image modeling), a peer of it, or the training of a tokenizer."
+    )
     enhancer: str | None = None
     objective: str | None = None
     epochs: float | None = None
@@ -92,7 +94,7 @@ def _read(file_name: str, text: str) -> Recipe:
     return Recipe(
         name=file_name.removesuffix(".yaml"),
         kind=spec["kind"],
-        method=_METHODS[spec["kind"]],
+        method=METHODS[model.get("method", "cim")] if spec["kind"] == "pretrain" else spec["kind"],
         enhancer=model.get("enhancer", {}).get("name"),
         objective=model.get("objective", {}).get("name"),
         epochs=spec["training"].get("epochs"),

@@ -28,11 +28,14 @@ def resolve(spec: TokenizerSpec | PretrainSpec | EvaluateSpec) -> dict[str, Any]
 
 
 def _model(model: ModelConfig) -> ModelConfig:
+    model = model.resolved
+    if model.generator is None or model.objective is None:
+        return model  # a peer of CIM has neither
     facts = facts_of(model.enhancer)
     assert facts is not None, "parse refuses unknown enhancers"
     shared = model.enhancer.shared_blocks
     if shared is None:
-        shared = _shared_blocks(model, facts)
+        shared = _shared_blocks(model.generator, facts)
     weight = model.objective.weight
     return replace(
         model,
@@ -42,14 +45,14 @@ def _model(model: ModelConfig) -> ModelConfig:
     )
 
 
-def _shared_blocks(model: ModelConfig, facts: EnhancerFacts) -> int:
+def _shared_blocks(generator: GeneratorConfig, facts: EnhancerFacts) -> int:
     """Two for a plain ViT, fewer where one of the two has fewer; none where they cannot fit."""
-    if model.generator.positions == "relative":
+    if generator.positions == "relative":
         return 0  # the enhancer's blocks know no relative bias
-    ours = ((model.generator.width, facts.width), (model.generator.heads, facts.heads))
+    ours = ((generator.width, facts.width), (generator.heads, facts.heads))
     if not facts.can_share or any(mine not in (None, theirs) for mine, theirs in ours):
         return 0
-    return min(_SHARED_BLOCKS, model.generator.depth, facts.depth or _SHARED_BLOCKS)
+    return min(_SHARED_BLOCKS, generator.depth, facts.depth or _SHARED_BLOCKS)
 
 
 def _generator(generator: GeneratorConfig, facts: EnhancerFacts, *, shares: bool) -> GeneratorConfig:

@@ -87,7 +87,7 @@ class TokenizerSpec(_Spec):
 
 
 class PretrainSpec(_Spec):
-    """Pre-train an encoder with Corrupted Image Modeling."""
+    """Pre-train an encoder with Corrupted Image Modeling, or with a peer of it."""
 
     kind: Literal["pretrain"]
     recipe: Recipe = None

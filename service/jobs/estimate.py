@@ -138,7 +138,7 @@ def _doubts(asked: Asked, files: int | None) -> list[str]:
             f"training.batch_size is {spec.training.batch_size}, but data.uri holds only {files} files; "
             "the job will fail unless one of the two changes"
         )
-    if isinstance(spec, PretrainSpec) and asked.tokenizer is None:
+    if isinstance(spec, PretrainSpec) and spec.model.tokenizer is not None and asked.tokenizer is None:
         source = spec.model.tokenizer.source
         if source not in _KNOWN_TOKENIZERS:
             doubts.append(

@@ -55,7 +55,7 @@ async def find(session: AsyncSession, ref: str) -> JobRow:
 
 def wish_of(spec: AnySpec) -> Wish | None:
     """Where this spec may name a job."""
-    if isinstance(spec, PretrainSpec):
+    if isinstance(spec, PretrainSpec) and spec.model.tokenizer is not None:
         return Wish(path="model.tokenizer.source", value=spec.model.tokenizer.source, kind="tokenizer")
     if isinstance(spec, EvaluateSpec):
         return Wish(path="encoder", value=spec.encoder, kind="pretrain")

@@ -81,6 +81,7 @@ def _sizes(stored: object) -> TokenizerConfig | None:
 
 def _warnings(spec: AnySpec) -> list[str]:
     found = []
-    if isinstance(spec, PretrainSpec) and spec.model.tokenizer.source == "fake":
+    tokenizer = spec.model.tokenizer if isinstance(spec, PretrainSpec) else None
+    if tokenizer is not None and tokenizer.source == "fake":
         found.append(f"{spec.name}: the fake tokenizer knows nothing of images; it is for tests")
     return found

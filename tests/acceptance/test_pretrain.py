@@ -35,9 +35,29 @@ def test_pretrain__two_workers_give_an_encoder_for_plain_timm(
     assert {"encoder/model.safetensors", "encoder/config.json", "encoder/README.md"} <= paths
     assert {"spec.json", "data/report.json", "result.json", "samples/step-20.png"} <= paths
     assert any(path.startswith("attempts/1/checkpoints/step-20/") for path in paths)
-    assert {"mim_loss", "mim_accuracy"} <= set(job.metrics)
+    assert {"mim_loss", "mim_accuracy", "diag_rankme"} <= set(job.metrics)
 
     embedded.client.download(job.id, "encoder", tmp_path)
+    loaded = _load_with_plain_timm(tmp_path / "encoder")
+    assert loaded["finite"]
+    assert loaded["spread"] > 0
+
+
+@pytest.mark.slow
+def test_pretrain__a_peer_gives_one_too(embedded: Embedded, tmp_path: Path) -> None:
+    labelled = {"train": str(specs.TRAIN_TAR), "val": str(specs.VAL_TAR), "every": {"steps": 20}}
+    (job,) = embedded.client.submit([specs.pretrain_mae("peer-mae", probe=labelled)])
+    job = embedded.finished(job.id)
+
+    assert job.state == "succeeded", job.reason
+    assert job.progress.step == 20
+    assert {"mae_l2", "mask_share", "probe_knn_top1"} <= set(job.metrics)
+    assert "mim_loss" not in job.metrics
+    paths = {entry.path for entry in embedded.client.artifacts(job.id)}
+    assert {"encoder/model.safetensors", "encoder/README.md", "samples/step-20.png"} <= paths
+
+    embedded.client.download(job.id, "encoder", tmp_path)
+    assert "Masked Autoencoder" in (tmp_path / "encoder" / "README.md").read_text(encoding="utf-8")
     loaded = _load_with_plain_timm(tmp_path / "encoder")
     assert loaded["finite"]
     assert loaded["spread"] > 0

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from cim_core import config, masking, registry
+from cim_core import config, export, masking, masking_config, methods, registry
 from cim_core.models import generator, heads
 from cim_core.objectives import respix
 from cim_core.tokenizers import quantise
-from service.contracts import specs
+from service.contracts import recipes, specs
 from service.contracts.base import Contract
 
 CONFIGS = [c for _, c in inspect.getmembers(config, dataclasses.is_dataclass) if isinstance(c, type)]
@@ -82,6 +82,11 @@ def literals(hint: Any) -> set[str] | None:
         (config.ObjectiveConfig, "upsample", heads.UPSAMPLE),
         (config.GeneratorConfig, "positions", generator.BLOCKS),
         (config.MaskingConfig, "strategy", masking._STRATEGIES),
+        (config.ModelConfig, "method", methods.METHODS),
+        (config.ModelConfig, "method", masking_config.MASKING),
+        (config.ModelConfig, "method", config.NEEDED),
+        (config.ModelConfig, "method", export.METHOD_NAMES),
+        (config.ModelConfig, "method", recipes.METHODS),
         (config.TokenizerConfig, "quantiser", quantise.QUANTISERS),
     ],
 )
@@ -104,6 +109,7 @@ def test_choices__each_is_looked_at_here() -> None:
         ("TrainingConfig", "precision"),
         ("TokenizerTrainingConfig", "precision"),
         ("ModelConfig", "interpolation"),
+        ("ModelConfig", "method"),
         ("ObjectiveConfig", "name"),
         ("ObjectiveConfig", "normalise"),
         ("ObjectiveConfig", "upsample"),

@@ -111,7 +111,7 @@ def test_page__states_every_default(cls: Any) -> None:
 
 def test_keys__reach_into_every_level() -> None:
     found = keys(PretrainSpec)
-    assert found["model.masking.min_ratio"] == 0.51
+    assert found["model.masking.block_min_cells"] == 16
     assert found["model.enhancer.name"] is REQUIRED
     assert found["training.warmup"] is None
     assert found["probe"] is None

@@ -68,6 +68,24 @@ def pretrain(
     }
 
 
+def pretrain_mae(name: str, *, steps: int = 20, **changes: Any) -> dict[str, Any]:
+    """The same by a peer of CIM that needs no tokenizer."""
+    return {
+        "kind": "pretrain",
+        "name": name,
+        "data": {"uri": str(TRAIN_TAR)},
+        "model": {
+            "method": "mae",
+            "image_size": 64,
+            "patch_size": 8,
+            "enhancer": {key: VIT[key] for key in ("name", "options")},
+            "decoder": {"depth": 1, "width": 64, "heads": 2},
+        },
+        "training": training(steps),
+        **changes,
+    }
+
+
 def evaluate(name: str, encoder: str) -> dict[str, Any]:
     """A k-NN evaluation on the bundled labelled tiles."""
     return {

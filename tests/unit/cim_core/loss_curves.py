@@ -13,6 +13,7 @@ import torch
 
 from cim_core.cim import build_cim
 from cim_core.config import (
+    DecoderConfig,
     EnhancerConfig,
     GeneratorConfig,
     ModelConfig,
@@ -25,6 +26,7 @@ from cim_core.data.dataset import Views
 from cim_core.durations import plan
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import Task, train_step
+from cim_core.methods import build_model
 from cim_core.optim import build_optimizer
 from cim_core.seeding import generator_for
 from cim_core.task import cim_task
@@ -41,6 +43,9 @@ CURVES = (
     *((family, objective) for family in ENHANCERS for objective in ("respix", "revdet")),
     ("tokenizer", "vq"),
     ("tokenizer", "relaxed"),
+    ("peer", "beit"),
+    ("peer", "simmim"),
+    ("peer", "mae"),
 )
 TRAINING = TrainingConfig(
     steps=STEPS, batch_size=BATCH, accumulation=2, learning_rate=1e-3, precision="fp32", seed=0
@@ -70,7 +75,8 @@ def curve(family: str, name: str) -> list[dict[str, float]]:
 
 
 def _trained(family: str, name: str) -> list[dict[str, float]]:
-    model, task, terms = _tokenizer(name) if family == "tokenizer" else _cim(family, name)
+    families = {"tokenizer": _tokenizer, "peer": _peer}
+    model, task, terms = families[family](name) if family in families else _cim(family, name)
     state = TrainState(model=model.train(), optimizer=build_optimizer(model, TRAINING))
     course = plan(TRAINING, num_images=BATCH * STEPS)
     points = []
@@ -103,6 +109,19 @@ def _cim(family: str, objective: str) -> tuple[torch.nn.Module, Task[Views], tup
     )
     model = build_cim(config, _dvae(), seed=0)
     return model, cim_task(model, seed=0), ("mim_loss", "enhancer_loss", "replaced_share")
+
+
+def _peer(method: str) -> tuple[torch.nn.Module, Task[Views], tuple[str, ...]]:
+    config = ModelConfig(
+        method=method,  # type: ignore[arg-type]
+        tokenizer=TokenizerSource(source="given") if method == "beit" else None,
+        enhancer=VIT,
+        image_size=64,
+        patch_size=8,
+        decoder=DecoderConfig(depth=1, width=32, heads=2) if method == "mae" else None,
+    )
+    model = build_model(config, _dvae() if method == "beit" else None, seed=0)
+    return model, cim_task(model, seed=0), ("loss", "mask_share")
 
 
 def _batch(step: int) -> Views:

@@ -8,11 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.transforms.functional import normalize
 
-from cim_core import masking
-from cim_core.cim import CIM, StepOutput, build_cim, on_device, sample_tokens, to_unit
+from cim_core.cim import CIM, StepOutput, build_cim
 from cim_core.config import GeneratorConfig, MaskingConfig, ObjectiveConfig
 from cim_core.data.dataset import Views
 from cim_core.errors import ModelError
+from cim_core.pretraining import to_unit
 from cim_core.registry import DEFAULT_WEIGHTS, OBJECTIVES
 from cim_core.task import cim_task
 from cim_core.tokenizers.fake import FakeTokenizer
@@ -151,7 +151,6 @@ def test_tokenizer__moves_with_the_model() -> None:
 def test_registry__has_every_choice_of_the_configuration_and_no_other() -> None:
     choices = set(get_args(get_type_hints(ObjectiveConfig)["name"]))
     assert set(OBJECTIVES) == set(DEFAULT_WEIGHTS) == choices
-    assert set(masking._STRATEGIES) == set(get_args(get_type_hints(MaskingConfig)["strategy"]))
 
 
 def test_build__a_missing_tokenizer_is_an_error() -> None:
@@ -249,16 +248,6 @@ def test_to_unit__refuses_what_is_not_bytes() -> None:
         to_unit(torch.zeros(3))
 
 
-def test_sample_tokens__follows_the_softmax_at_its_temperature() -> None:
-    logits = torch.tensor([0.0, 1.0, -2.0])
-    for temperature in (0.5, 1.0, 2.0):
-        expected = (logits.double() / temperature).softmax(0)
-        draws = sample_tokens(logits.expand(20_000, 3), temperature, rng())
-        share = torch.bincount(draws, minlength=3).double() / 20_000
-        deviation = (expected * (1 - expected) / 20_000).sqrt()
-        assert bool(((share - expected).abs() < 5 * deviation).all())
-
-
 def test_normalise__is_imagenets_mean_and_deviation() -> None:
     images = torch.rand(2, 3, 4, 4)
     expected = normalize(images, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -318,22 +307,6 @@ def test_encoder__is_the_running_average_where_there_is_one() -> None:
     assert averaged.encoder is averaged.average.module
 
 
-def test_on_device__seeds_another_devices_generator_from_the_whole_range(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real = torch.Generator
-    monkeypatch.setattr(torch, "Generator", lambda *_: real())
-    seeds = [on_device(rng(n), torch.device("cuda")).initial_seed() for n in range(100)]
-    assert seeds[0] == on_device(rng(0), torch.device("cuda")).initial_seed()
-    assert len(set(seeds)) == 100
-    assert max(seeds) > 2**60
-
-
-def test_on_device__keeps_a_generator_that_fits() -> None:
-    generator = rng()
-    assert on_device(generator, torch.device("cpu")) is generator
-
-
 @pytest.mark.parametrize("size", [(65, 13), (24, 8)])
 def test_forward__any_grid(size: tuple[int, int]) -> None:
     image_size, patch_size = size
@@ -350,7 +323,9 @@ def test_task__draws_by_step_microbatch_and_rank_and_by_nothing_else() -> None:
     views = views_for(cim, num_images=8)
 
     def mask(*, step: int = 0, micro: int = 0, rank: int = 0, progress: float = 0.0) -> torch.Tensor:
-        return task.losses(views, step=step, micro=micro, rank=rank, progress=progress).mask_BN
+        output = task.losses(views, step=step, micro=micro, rank=rank, progress=progress)
+        assert isinstance(output, StepOutput)
+        return output.mask_BN
 
     first = mask()
     assert torch.equal(first, mask(progress=0.9))

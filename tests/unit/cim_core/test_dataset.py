@@ -173,11 +173,23 @@ def test_views__split_and_collate_are_inverse(folder: Path) -> None:
     data = dataset(folder, token_size=8)
     batch = collate([data[SampleId(0, place)] for place in range(6)])
     assert batch.ids_B2.tolist() == [[0, place] for place in range(6)]
+    assert [len(part) for part in batch.split(3)] == [2, 2, 2]
     again = collate(batch.split(3))
     assert torch.equal(again.pixels_B3HW, batch.pixels_B3HW)
     assert torch.equal(again.token_pixels_B3HW, batch.token_pixels_B3HW)
     with pytest.raises(AssertionError, match="equal parts"):
         batch.split(4)
+
+
+def test_views__portions_are_of_one_size_but_the_last(folder: Path) -> None:
+    data = dataset(folder, token_size=8)
+    batch = collate([data[SampleId(0, place)] for place in range(5)])
+    found = batch.portions(2)
+    assert [part.ids_B2[:, 1].tolist() for part in found] == [[0, 1], [2, 3], [4]]
+    for at, part in zip((0, 2, 4), found, strict=True):
+        assert torch.equal(part.pixels_B3HW, batch.pixels_B3HW[at : at + 2])
+        assert torch.equal(part.token_pixels_B3HW, batch.token_pixels_B3HW[at : at + 2])
+    assert [len(part) for part in batch.portions(9)] == [5]
 
 
 def test_cache__changes_no_view_and_respects_its_bound(folder: Path) -> None:

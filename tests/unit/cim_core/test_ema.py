@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cim_core.cim import CIM
 from cim_core.config import TrainingConfig
@@ -86,7 +87,7 @@ def test_average__moves_once_a_step_however_many_micro_batches() -> None:
 
 
 def test_average__a_loop_that_forgets_it_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(step_module, "update_averages", lambda model: None)
+    monkeypatch.setattr(step_module, "update_averages", lambda model, **_: None)
     cim = cim_with_average()
     seen = train(cim, steps=2)
     weights = dict(average_of(cim).module.named_parameters())
@@ -145,6 +146,36 @@ def test_export__takes_the_last_weights_otherwise(tmp_path: Path) -> None:
     assert torch.equal(encoder_weights(cim)["norm.weight"], seen[-1]["norm.weight"])
     folder = export_encoder(cim, tmp_path, card={})
     assert "| Weights | of the last step |" in (folder / "README.md").read_text()
+
+
+def test_update__equals_torchs_own_bit_for_bit() -> None:
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ours = RunningAverage(net, decay=0.99)
+    theirs = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(0.99))  # type: ignore[no-untyped-call]
+    for _ in range(4):
+        with torch.no_grad():
+            for tensor in (*net.parameters(), *net.buffers()):
+                tensor += torch.ones_like(tensor) if tensor.dtype == torch.int64 else torch.randn_like(tensor)
+        ours.update()
+        theirs.update_parameters(net)
+    expected = theirs.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize("moved_before", [0, 2])
+def test_update__not_where_the_step_was_broken(moved_before: int) -> None:
+    net = nn.Linear(2, 1)
+    average = RunningAverage(net, decay=0.5)
+    with torch.no_grad():
+        for _ in range(moved_before):
+            net.weight.add_(1)
+            average.update(unless=torch.tensor(0.0))
+    before = {name: x.clone() for name, x in average.state_dict().items()}
+    with torch.no_grad():
+        net.weight.add_(1)
+    average.update(unless=torch.tensor(1.0))
+    assert int(before["n_averaged"]) == moved_before
+    assert all(torch.equal(before[name], x) for name, x in average.state_dict().items())
 
 
 def test_update__finds_every_average_in_a_model() -> None:

@@ -16,8 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from cim_core.cim import build_cim
 from cim_core.config import (
+    DecoderConfig,
     EnhancerConfig,
     GeneratorConfig,
+    Method,
     ModelConfig,
     ObjectiveConfig,
     TokenizerConfig,
@@ -30,6 +32,7 @@ from cim_core.engine.state import TrainState
 from cim_core.engine.step import Task, train_step
 from cim_core.estimate.cost import Cost, pretrain_cost, tokenizer_cost
 from cim_core.estimate.dry_run import dry_run
+from cim_core.methods import build_model
 from cim_core.optim import build_optimizer
 from cim_core.task import cim_task
 from cim_core.tokenizers.dvae import DiscreteVAE
@@ -123,6 +126,62 @@ def test_pretrain__an_unknown_tokenizer_is_left_out() -> None:
     # The output layer has DALL-E's 8192 tokens.
     own = pretrain_cost(config, training(), tokenizer=SMALL_TOKENIZER)
     assert cost.parameters["generator"] - own.parameters["generator"] == (8192 - 32) * 65
+
+
+def peer(method: Method, name: str = "vit_tiny_patch16_224", **changes: Any) -> ModelConfig:
+    enhancer = EnhancerConfig(name=name, options=TINY if name.startswith("vit_tiny") else {})
+    source = TokenizerSource(source="dall-e") if method == "beit" else None
+    return ModelConfig(method=method, tokenizer=source, enhancer=enhancer, **changes)
+
+
+def test_peers__published_sizes() -> None:
+    """METHOD section 9: a step of BEiT with ViT-B takes about 80 G, one of MAE about 29 G."""
+    steps = {
+        method: pretrain_cost(peer(method, "vit_base_patch16_224"), training(), tokenizer=None)
+        for method in ("beit", "mae")
+    }
+    assert steps["beit"].macs_per_training_image / 1e9 == pytest.approx(80, rel=0.03)
+    assert steps["mae"].macs_per_training_image / 1e9 == pytest.approx(29, rel=0.03)
+    assert list(steps["mae"].macs_per_image) == ["enhancer", "decoder"]
+    assert steps["mae"].memory_per_worker.tokenizer_bytes == 0
+    assert steps["beit"].parameters["tokenizer"] > 50_000_000
+
+
+def test_peers__counted_by_hand() -> None:
+    sizes: dict[str, Any] = {"image_size": 64, "patch_size": 8}
+    decoder = DecoderConfig(depth=3, width=32, heads=2)
+    mae = pretrain_cost(peer("mae", decoder=decoder, **sizes), training(), tokenizer=None)
+    simmim = pretrain_cost(peer("simmim", **sizes), training(), tokenizer=None)
+
+    def block(tokens: int, width: int) -> int:
+        return 12 * tokens * width**2 + 2 * tokens**2 * width
+
+    positions, visible, width, pixels = 64, 16, 64, 3 * 8**2
+    embedding = positions * pixels * width
+    assert mae.macs_per_image == {
+        "enhancer": embedding + 2 * block(visible + 1, width),
+        "decoder": (visible + 1) * width * 32 + 3 * block(positions + 1, 32) + positions * 32 * pixels,
+    }
+    assert simmim.macs_per_image == {
+        "enhancer": embedding + 2 * block(positions + 1, width),
+        "head": positions * width * pixels,
+    }
+    assert simmim.macs_per_training_image == 3 * sum(simmim.macs_per_image.values())
+    assert simmim.parameters["head"] == width * pixels + pixels + width  # weight, bias, mask token
+
+
+@pytest.mark.parametrize("method", ["simmim", "mae"])
+def test_peers__memory_is_that_of_a_real_step(method: Method) -> None:
+    """Weights, gradients and both moments of AdamW, by the real model's own tensors."""
+    config = peer(method, image_size=64, patch_size=8)
+    cost = pretrain_cost(config, training(), tokenizer=None)
+    real = build_model(config)
+    trained = sum(p.numel() for p in real.parameters())
+    assert sum(cost.parameters.values()) == trained
+    assert cost.memory_per_worker.gradients_bytes == 4 * trained
+    counters = 4 * len(list(real.parameters()))
+    assert cost.memory_per_worker.optimizer_bytes == 2 * 4 * trained + counters
+    assert cost.memory_per_worker.activations_bytes > 0
 
 
 def test_tokenizer__a_search_is_no_training() -> None:

@@ -10,85 +10,21 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from cim_core.config import Duration, TrainingConfig
 from cim_core.data.dataset import Views
-from cim_core.durations import Plan, plan
+from cim_core.durations import Plan
 from cim_core.engine import dist
 from cim_core.engine.fit import Pace
-from cim_core.engine.state import TrainState
-from cim_core.engine.step import NoSync, StepResult, Task, train_step
+from cim_core.engine.step import StepResult, train_step
+from cim_core.engine.transfer import Readback
 from cim_core.errors import NonFiniteError
-from cim_core.optim import build_optimizer
 from cim_core.schedule import learning_rate
-from tests.unit.cim_core.tiny import CPU, Output, Run, TinyNet, TinyTask, run, training, write_images
-
-PLAN = plan(training(), num_images=10)
-
-
-class MeanTask:
-    """A linear model and a loss that is a plain mean, so that parts must add up to the whole."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.dtypes: list[torch.dtype] = []
-
-    def losses(self, batch: Views, *, step: int, micro: int, rank: int, progress: float) -> Output:
-        y: Tensor = self.module(batch.pixels_B3HW.flatten(1).float() / 255)
-        self.dtypes.append(y.dtype)
-        loss = (y.float() - 1).square().mean()
-        return Output(loss, {"term": loss.detach(), "rank": torch.tensor(float(rank))})
-
-
-class Broken(MeanTask):
-    """NaN in the loss, or in the gradient alone, on one rank."""
-
-    def __init__(self, module: nn.Module, *, where: str, on_rank: int = 0) -> None:
-        super().__init__(module)
-        self.where, self.on_rank = where, on_rank
-
-    def losses(self, batch: Views, *, step: int, micro: int, rank: int, progress: float) -> Output:
-        good = super().losses(batch, step=step, micro=micro, rank=rank, progress=progress)
-        if rank != self.on_rank:
-            return good
-        if self.where == "loss":
-            bad = good.loss * torch.tensor(torch.nan)
-            return Output(bad, {**good.metrics, "term": bad.detach()})
-        if self.where == "gradient":  # sqrt has slope infinity at 0; times 0 that is NaN, the value is 0
-            return Output(good.loss + (good.loss * 0).sqrt(), good.metrics)
-        return Output(good.loss, {**good.metrics, "term": torch.tensor(torch.inf)})
-
-
-def views(count: int = 4, *, first: int = 0) -> Views:
-    pixels = torch.randint(
-        0, 256, (8, 3, 2, 2), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
-    )
-    part = pixels[first : first + count]
-    return Views(
-        pixels_B3HW=part, token_pixels_B3HW=torch.empty(count, 3, 0, 0), ids_B2=torch.zeros(count, 2).long()
-    )
-
-
-def linear_state(config: TrainingConfig) -> TrainState:
-    model = nn.Linear(12, 1)
-    nn.init.constant_(model.weight, 0.1)
-    nn.init.zeros_(model.bias)
-    return TrainState(model=model, optimizer=build_optimizer(model, config))
-
-
-def step(
-    task: Task[Views],
-    state: TrainState,
-    batch: Views,
-    config: TrainingConfig,
-    *,
-    no_sync: NoSync | None = None,
-) -> StepResult:
-    state.step = 5  # behind the warm-up, whose first step would move nothing
-    return train_step(task, state, batch, plan=PLAN, training=config, device=CPU, no_sync=no_sync)
+from tests.unit.cim_core.linear import PLAN, Broken, MeanTask, linear_state, step, views
+from tests.unit.cim_core.tiny import CPU, Output, TinyNet, TinyTask, run, tiny_run, training, write_images
 
 
 def weights_after(config: TrainingConfig, batch: Views) -> tuple[Tensor, StepResult]:
@@ -164,39 +100,9 @@ def test_randomness__global_generator_is_left_alone_and_passes_differ() -> None:
     assert drawn[0] != drawn[1]
 
 
-@pytest.mark.parametrize(
-    ("where", "message"),
-    [
-        ("loss", r"step 5: the loss is not finite \(broken: term\); no weight was changed"),
-        ("gradient", "step 5: the gradient is not finite although the loss is"),
-    ],
-)
-def test_non_finite__raises_before_anything_moves(where: str, message: str) -> None:
-    config = training()
-    state = linear_state(config)
-    with pytest.raises(NonFiniteError, match=message):
-        step(Broken(state.model, where=where), state, views(), config)
-    assert torch.equal(state.model.get_parameter("weight"), torch.full((1, 12), 0.1))
-    assert (state.step, dict(state.optimizer.state)) == (5, {})
-    assert all(p.grad is None for p in state.model.parameters())
-
-
-def test_non_finite__a_metric_alone_is_no_error() -> None:
-    config = training()
-    state = linear_state(config)
-    result = step(Broken(state.model, where="metric"), state, views(), config)
-    assert result.metrics["term"].isinf()
-    assert state.step == 6
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
-
-
-def tiny_run(images: Path, out: Path, *, stop_at: int | None = None, **changes: object) -> Run:
-    model = TinyNet()
-    return run(images, out, model=model, task=TinyTask(model), config=training(**changes), stop_at=stop_at)
 
 
 def test_fit__calls_in_order(images: Path, tmp_path: Path) -> None:
@@ -274,7 +180,7 @@ def two_ranks(images: Path, tmp_path_factory: pytest.TempPathFactory) -> list[di
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "late"])
 def test_two_ranks__nan_on_one_stops_both_before_the_weights_move(
     where: str, two_ranks: list[dict[str, Any]]
 ) -> None:
@@ -313,6 +219,7 @@ def _rank_process(rank: int, images: str, out: str) -> None:
     meeting = f"file://{out}/meeting"
     torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     seen = {where: _broken(where) for where in ("loss", "gradient")}
+    seen["late"] = _broken_late()
     seen |= _accumulated(rank) | _stopped(Path(images), Path(out))
     (Path(out) / f"{rank}.json").write_text(json.dumps(seen))
     torch.distributed.barrier()
@@ -329,6 +236,20 @@ def _broken(where: str) -> dict[str, Any]:
     except NonFiniteError as error:
         message = str(error)
     return {"message": message, "weight": state.model.get_parameter("weight").flatten().tolist()}
+
+
+def _broken_late() -> dict[str, Any]:
+    """As on GPUs: rank 1 breaks, and both hear of it when the next step is queued."""
+    config = training(fused_optimizer=True)
+    state = linear_state(config)
+    wrapped = DistributedDataParallel(state.model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Readback, "at_hand", False)
+        broken = step(Broken(wrapped, where="gradient", on_rank=1), state, views(), config)
+        train_step(MeanTask(wrapped), state, views(), plan=PLAN, training=config, device=CPU)
+        with pytest.raises(NonFiniteError) as error:
+            broken.read(state)
+    return {"message": str(error.value), "weight": state.model.get_parameter("weight").flatten().tolist()}
 
 
 def _accumulated(rank: int) -> dict[str, Any]:

@@ -4,16 +4,17 @@ from typing import Literal
 import pytest
 import torch
 
-from cim_core.config import MaskingConfig
 from cim_core.masking import block_mask, count_range, make_mask, random_mask
+from cim_core.masking_config import MASKING, MaskingConfig
 from tests.unit.cim_core.cim_models import rng
 
 Strategy = Literal["random", "block"]
+CIM = MASKING["cim"]
 BEIT = MaskingConfig(strategy="block", min_ratio=75 / 196, max_ratio=75 / 196, block_min_cells=16)
 
 
 def test_count_range__defaults_are_100_to_120_of_196() -> None:
-    assert count_range(14, MaskingConfig()) == (100, 120)
+    assert count_range(14, CIM) == (100, 120)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +92,7 @@ def test_random_mask__is_the_first_of_a_shuffled_list() -> None:
 
 
 def test_random_mask__counts_are_uniform_over_the_range_and_differ_per_image() -> None:
-    counts = random_mask(8_400, 14, MaskingConfig(), rng()).sum(dim=1)
+    counts = random_mask(8_400, 14, CIM, rng()).sum(dim=1)
     assert (int(counts.min()), int(counts.max())) == (100, 120)
     seen = torch.bincount(counts - 100, minlength=21).double()
     chi_square = float(((seen - 400).square() / 400).sum())
@@ -105,7 +106,7 @@ def test_random_mask__every_position_is_masked_equally_often() -> None:
 
 
 def test_random_mask__images_of_a_batch_have_masks_of_their_own() -> None:
-    masks = random_mask(64, 14, MaskingConfig(), rng())
+    masks = random_mask(64, 14, CIM, rng())
     assert len({tuple(row.tolist()) for row in masks}) == 64
 
 
@@ -126,7 +127,7 @@ def test_block_mask__masks_blocks_and_not_scattered_cells() -> None:
         grid = masks.view(-1, 14, 14)
         return float((grid[:, :, 1:] & grid[:, :, :-1]).double().mean())
 
-    scattered = MaskingConfig(min_ratio=BEIT.min_ratio, max_ratio=BEIT.max_ratio)
+    scattered = MaskingConfig(strategy="random", min_ratio=BEIT.min_ratio, max_ratio=BEIT.max_ratio)
     assert neighbours(block_mask(50, 14, BEIT, rng())) > 1.5 * neighbours(
         random_mask(50, 14, scattered, rng())
     )
@@ -153,10 +154,10 @@ def test_make_mask__leaves_one_masked_and_one_visible(strategy: Strategy, ratio:
 
 def test_make_mask__a_single_position_is_refused() -> None:
     with pytest.raises(ValueError, match=r"1 token position.*needs at least 2"):
-        make_mask(2, 1, MaskingConfig(), rng())
+        make_mask(2, 1, CIM, rng())
 
 
-@pytest.mark.parametrize("config", [MaskingConfig(), BEIT], ids=["random", "block"])
+@pytest.mark.parametrize("config", [CIM, BEIT], ids=["random", "block"])
 def test_make_mask__depends_on_the_generator_alone(config: MaskingConfig) -> None:
     torch.manual_seed(1)
     first = make_mask(4, 14, config, rng(3))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cim_core import cim as cim_module
+from cim_core import pretraining as pretraining_module
 from cim_core.engine import step as step_module
 from cim_core.masking import make_mask
 from cim_core.models.enhancer import Enhancer
@@ -29,7 +30,8 @@ def mask_never_applied(patch: pytest.MonkeyPatch) -> None:
 
 
 def images_from_minus_one(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(cim_module, "to_unit", lambda pixels: pixels.float() / 127.5 - 1)
+    for module in (cim_module, pretraining_module):
+        patch.setattr(module, "to_unit", lambda pixels: pixels.float() / 127.5 - 1)
 
 
 def pixels_not_mapped(patch: pytest.MonkeyPatch) -> None:

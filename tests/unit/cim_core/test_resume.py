@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from cim_core.cim import build_cim
 from cim_core.config import (
+    DecoderConfig,
     EnhancerConfig,
     GeneratorConfig,
+    Method,
     ModelConfig,
     ObjectiveConfig,
     TokenizerConfig,
@@ -26,6 +29,7 @@ from cim_core.config import (
 from cim_core.data.dataset import ViewConfig, Views
 from cim_core.data.sampler import epoch_order
 from cim_core.engine.step import Task
+from cim_core.methods import build_model
 from cim_core.seeding import generator_for
 from cim_core.task import cim_task
 from cim_core.tokenizers.dvae import DiscreteVAE
@@ -62,6 +66,18 @@ def cim_model(enhancer: EnhancerConfig, objective: str, *, patch_size: int) -> n
     return build_cim(config, tokenizer_model())
 
 
+def peer_model(method: Method) -> nn.Module:
+    config = ModelConfig(
+        method=method,
+        tokenizer=TokenizerSource(source="tests give it") if method == "beit" else None,
+        enhancer=replace(VIT, shared_blocks=None, ema_decay=0.8),
+        image_size=32,
+        patch_size=8,
+        decoder=DecoderConfig(depth=1, width=32, heads=2) if method == "mae" else None,
+    )
+    return build_model(config, tokenizer_model() if method == "beit" else None)
+
+
 VIT = EnhancerConfig(
     name="vit_tiny_patch16_224",
     options={"depth": 2, "embed_dim": 64, "num_heads": 2, "drop_path_rate": 0.3},
@@ -73,6 +89,9 @@ MODELS: Mapping[str, Callable[[], nn.Module]] = {
     "cim_vit_respix": lambda: cim_model(VIT, "respix", patch_size=8),
     "cim_resnet_revdet": lambda: cim_model(EnhancerConfig(name="test_resnet"), "revdet", patch_size=16),
     "cim_resnet_average": lambda: cim_model(AVERAGED, "revdet", patch_size=16),
+    "cim_peer_beit": lambda: peer_model("beit"),
+    "cim_peer_simmim": lambda: peer_model("simmim"),
+    "cim_peer_mae": lambda: peer_model("mae"),
     "tokenizer_vq": lambda: tokenizer_model(quantiser="vq"),
     "tokenizer_relaxed": lambda: tokenizer_model(quantiser="relaxed"),
 }
@@ -83,6 +102,9 @@ VIEWS = {  # CIM: 4 x 4 patches, and as many tokens of 4 pixels
     "cim_vit_respix": ViewConfig(image_size=32, token_size=16),
     "cim_resnet_revdet": ViewConfig(image_size=64, token_size=16),
     "cim_resnet_average": ViewConfig(image_size=64, token_size=16),
+    "cim_peer_beit": ViewConfig(image_size=32, token_size=16),
+    "cim_peer_simmim": ViewConfig(image_size=32),
+    "cim_peer_mae": ViewConfig(image_size=32),
 }
 ONE_PICTURE = ViewConfig(image_size=16)
 

@@ -3,11 +3,12 @@ from typing import Literal
 
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from cim_core.config import ObjectiveConfig
 from cim_core.objectives.base import Truth
-from cim_core.objectives.revdet import Revdet, balanced_accuracy
+from cim_core.objectives.revdet import Revdet, area_under_roc, balanced_accuracy
 
 REPLACED = torch.tensor([[True, False, False, False], [False, True, True, False]])
 MASK = torch.tensor([[True, True, False, False], [True, True, True, False]])
@@ -77,6 +78,27 @@ def test_balanced_accuracy__counts_one_kind_where_the_other_is_absent(*, kind: b
     labels = torch.full((1, 4), kind)
     guessed = torch.tensor([[kind, kind, kind, not kind]])
     assert balanced_accuracy(guessed, labels).item() == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize("levels", [3, 1000])
+def test_area_under_roc__agrees_with_scikit_learn(levels: int) -> None:
+    generator = torch.Generator().manual_seed(levels)
+    labels = torch.rand(7, 30, generator=generator) < 0.3
+    scores = torch.randint(levels, (7, 30), generator=generator).float() + labels  # few levels: many ties
+    expected = roc_auc_score(labels.flatten().numpy(), scores.flatten().numpy())
+    assert area_under_roc(scores, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert 0.5 < expected < 1
+
+
+@pytest.mark.parametrize("kind", [True, False])
+def test_area_under_roc__is_a_half_where_one_kind_is_absent(*, kind: bool) -> None:
+    assert area_under_roc(torch.tensor([[0.1, 0.7]]), torch.full((1, 2), kind)).item() == 0.5
+
+
+def test_metrics__area_under_roc_is_of_the_logits_and_not_of_their_sign() -> None:
+    _, _, metrics = judge(torch.where(REPLACED, 3.0, 1.0))
+    assert metrics["revdet_auc"].item() == 1
+    assert metrics["revdet_balanced_accuracy"].item() == 0.5
 
 
 def test_picture__is_red_where_the_network_suspects_and_grey_elsewhere() -> None:

@@ -176,3 +176,8 @@ def run(
         watched, state, loader, course, config, callbacks=recorder, device=CPU, no_sync=no_sync
     )  # fmt: skip
     return Run(result, state, recorder, watched.seen)
+
+
+def tiny_run(images: Path, out: Path, *, stop_at: int | None = None, **changes: object) -> Run:
+    model = TinyNet()
+    return run(images, out, model=model, task=TinyTask(model), config=training(**changes), stop_at=stop_at)

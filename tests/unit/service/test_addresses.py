@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -120,7 +120,7 @@ def _addresses_in(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[st
                 yield from (
                     ".".join((*place, name, deep, key))
                     for deep, type_ in inner.items()
-                    if type_ is TokenizerSource
+                    if TokenizerSource in (type_, *get_args(type_))
                     for key in ("source", "encoder", "decoder")
                 )
         if any(getattr(rule, "max_length", None) == 4096 for rule in field.metadata):

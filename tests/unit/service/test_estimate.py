@@ -125,6 +125,17 @@ async def test_question__a_tokenizer_at_an_address_is_not_looked_into(world: Wor
     assert "s3://bucket/tokenizer/" in warnings[0]
 
 
+async def test_question__of_a_peer_knows_no_tokenizer(world: World) -> None:
+    model = {"method": "mae", "enhancer": {"name": "vit_tiny_patch16_224"}}
+    (job,) = await world.submit(world.pretrain(model=model))
+    assert "tokenizer" not in job["resolved"]["model"]
+    _, warnings = await ask(world, world.pretrain(model=model))
+    (question,) = world.costs.questions
+    assert question.pretrain is not None
+    assert (question.pretrain.method, question.tokenizer) == ("mae", None)
+    assert not [warning for warning in warnings if "tokenizer" in warning]
+
+
 async def test_cost__that_is_not_to_be_had_is_a_warning(world: World) -> None:
     world.costs.answer = NoCostError("torch is not installed")
     (estimate,), warnings = await ask(world, world.tokenizer())

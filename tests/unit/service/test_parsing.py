@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from service.contracts.parsing import examine, parse, parse_all
 from service.contracts.spec_keys import MODELS, dotted, known_keys
+from service.contracts.specs import PretrainSpec
 from service.errors import InvalidSpecError
 
 Document = dict[str, Any]
@@ -36,6 +37,15 @@ def pretrain(**changes: Any) -> Document:
             del inner[key]
         else:
             inner[key] = value
+    return spec
+
+
+def peer(method: str = "mae", **changes: Any) -> Document:
+    """A sound spec of a peer of CIM."""
+    source = {"source": "job:tok"} if method == "beit" else ...
+    spec = pretrain(model__method=method, model__objective=..., model__tokenizer=source)
+    for path, value in changes.items():
+        spec["model"][path] = value
     return spec
 
 
@@ -73,6 +83,39 @@ MISTAKES: Mapping[str, tuple[Document, str, tuple[str, ...]]] = {
     ),
     "missing section": (pretrain(data=...), "data", ("is required", "uri")),
     "missing key": (pretrain(model__tokenizer={}), "model.tokenizer.source", ("is required", "job:NAME")),
+    "no tokenizer": (pretrain(model__tokenizer=...), "model.tokenizer", ("is required", "job:my-tokenizer")),
+    "no objective": (pretrain(model__objective=None), "model.objective", ("is required", "{name: respix}")),
+    "beit without tokenizer": (peer("beit", tokenizer=None), "model.tokenizer", ("is required",)),
+    "no such method": (peer("meae"), "model.method", ("'mae'", "'meae'")),
+    "an objective for a peer": (
+        peer(objective={"name": "respix"}),
+        "model.objective",
+        ("belongs to method cim alone, not to mae: leave it out",),
+    ),
+    "a generator for a peer": (peer(generator={"depth": 2}), "model.generator", ("method cim alone",)),
+    "a tokenizer for mae": (peer(tokenizer={"source": "fake"}), "model.tokenizer", ("cim and beit alone",)),
+    "a decoder for simmim": (peer("simmim", decoder={}), "model.decoder", ("method mae alone",)),
+    "heads of a decoder": (peer(decoder={"heads": 7}), "model.decoder.heads", ("divide the width 512", "7")),
+    "uneven masks for mae": (
+        peer(masking={"min_ratio": 0.5}),
+        "model.masking.max_ratio",
+        ("equal masking.min_ratio", "0.5 and 0.75"),
+    ),
+    "a ratio above the method's": (
+        pretrain(model__masking={"min_ratio": 0.7}),
+        "model.masking.max_ratio",
+        ("must not be below masking.min_ratio", "0.7 and 0.61"),
+    ),
+    "a unit of one and a half patches": (
+        peer("simmim", masking={"unit": 24}),
+        "model.masking.unit",
+        ("multiple of patch_size 16", "24"),
+    ),
+    "a CNN for a peer": (
+        peer(enhancer={"name": "resnet18"}),
+        "model.enhancer.name",
+        ("plain ViT of timm for method mae", "'resnet18'"),
+    ),
     "a list for a section": (pretrain(data=["/data"]), "data", ("mapping",)),
     "no length": (pretrain(training__epochs=...), "training.epochs", ("exactly one of",)),
     "two lengths": (pretrain(training__steps=5), "training.epochs", ("exactly one of", "epochs and steps")),
@@ -205,6 +248,22 @@ def test_parse__all_mistakes_at_once() -> None:
     )
     paths = {"priorty", "training.batch_size", "model.masking.min_ratio", "model.image_size", "labels.ok"}
     assert set(problems(spec)) >= paths | {"resources.workers"}
+
+
+def test_parse__what_a_method_needs_is_asked_for_beside_other_mistakes() -> None:
+    missing = {"model.tokenizer", "model.enhancer", "model.objective"}
+    assert set(problems(pretrain(model={}))) == missing
+    assert set(problems(pretrain(model={"enhancer": 5}))) == missing
+    assert set(problems(pretrain(model={"method": "beit"}))) == {"model.tokenizer", "model.enhancer"}
+    assert set(problems(pretrain(model={"method": "mae", "enhancer": {}}))) == {"model.enhancer.name"}
+    assert set(problems(pretrain(model={"method": ["mae"]}))) == {"model.method", "model.enhancer"}
+
+
+def test_parse__peers_are_sound_with_what_they_need() -> None:
+    for method in ("beit", "simmim", "mae"):
+        spec = parse(peer(method))
+        assert isinstance(spec, PretrainSpec)
+        assert spec.model.method == method
 
 
 def test_parse__no_rule_is_judged_with_a_default_in_the_place_of_a_mistake() -> None:

@@ -230,6 +230,7 @@ async def test_rest__lists_and_shows(world: World) -> None:
     assert [one["name"] for one in listed] == sorted(RECIPES)
     keys = {"name", "kind", "method", "enhancer", "objective", "epochs", "description"}
     assert all(set(one) == keys for one in listed)
+    assert {one["kind"]: one["method"] for one in listed} == {"pretrain": "CIM", "tokenizer": "tokenizer"}
     shown = (await world.client.get("/v1/recipes/cim-resnet50-revdet")).json()
     assert yaml.safe_load(shown["text"]) == shown["spec"]
     assert (shown["enhancer"], shown["objective"], shown["epochs"]) == ("resnet50", "revdet", 300)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from service.contracts.parsing import parse
 from service.contracts.resolving import resolve
 from service.errors import InvalidSpecError
-from tests.unit.service.test_parsing import evaluate, pretrain
+from tests.unit.service.test_parsing import evaluate, peer, pretrain
 
 
 def resolved(**changes: Any) -> dict[str, Any]:
@@ -57,6 +57,34 @@ def test_resolve__options_of_the_enhancer_count() -> None:
     model = resolved(model__enhancer__options=options)["model"]
     assert (model["generator"]["width"], model["generator"]["heads"]) == (96, 4)
     assert model["enhancer"]["shared_blocks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "masking", "more"),
+    [
+        ("beit", {"strategy": "block", "min_ratio": 0.383, "max_ratio": 0.383}, {"tokenizer"}),
+        ("simmim", {"strategy": "random", "min_ratio": 0.6, "max_ratio": 0.6, "unit": 32}, set()),
+        ("mae", {"strategy": "random", "min_ratio": 0.75, "max_ratio": 0.75}, {"decoder"}),
+    ],
+)
+def test_resolve__a_peer_gets_its_masks_and_nothing_of_cim(
+    method: str, masking: dict[str, Any], more: set[str]
+) -> None:
+    document = resolve(parse(peer(method)))
+    model = document["model"]
+    assert model["masking"] == {**masking, "block_min_cells": 16}
+    assert set(model) == {"method", "enhancer", "image_size", "patch_size", "masking", *more}
+    assert "shared_blocks" not in model["enhancer"]
+    if method == "mae":
+        assert model["decoder"] == {"depth": 8, "width": 512, "heads": 16}
+    assert resolve(parse(document)) == document
+
+
+def test_resolve__cim_has_its_masks_written_out() -> None:
+    model = resolved()["model"]
+    expected = {"strategy": "random", "min_ratio": 0.51, "max_ratio": 0.61, "block_min_cells": 16}
+    assert (model["method"], model["interpolation"], model["masking"]) == ("cim", "bicubic", expected)
+    assert model["generator"]["depth"] == 4
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
 import math
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -10,12 +11,13 @@ from torch import nn
 from cim_core.durations import Plan
 from cim_core.engine.callbacks import StepReport
 from cim_core.engine.state import TrainState
+from service.client.errors import StaleAttempt
 from service.client.work import WorkClient
-from service.contracts.work import Assignment, StoreAddress
+from service.contracts.work import Assignment, Checkpoint, StoreAddress
 from tests.fakes.work_client import FakeWork
 from workers.attempt import Attempt, Work
 from workers.callbacks import RankCallbacks
-from workers.checkpointing import CheckpointWriter
+from workers.checkpointing import CheckpointWriter, fetch, restore
 from workers.failures import AttemptStaleError
 from workers.rank import Rank
 from workers.reporting import Reporter
@@ -59,6 +61,7 @@ def callbacks_of(tmp_path: Path, work: FakeWork, *, number: int = 0) -> RankCall
         picture=lambda: Image.new("RGB", (4, 4)),
         probe=lambda: {"probe_knn_top1": 0.5},
         probe_steps=frozenset({5, 10}),
+        diagnose=lambda: {"diag_rankme": 7.0},
     )
 
 
@@ -98,6 +101,8 @@ def test_on_sample__pictures_and_probes_have_their_own_steps(tmp_path: Path, wor
     assert [entry.path for entry in callbacks.rank.files] == [f"samples/step-{s}.png" for s in (0, 10, 20)]
     assert (tmp_path / "jobs/ab/samples/step-10.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(work.metric("probe_knn_top1")) == [5, 10]
+    assert work.metric("diag_rankme") == {0: 7.0, 10: 7.0, 20: 7.0}
+    assert callbacks.latest["diag_rankme"] == 7.0
 
 
 def test_on_checkpoint__metrics_before_it_are_delivered_first(tmp_path: Path, work: FakeWork) -> None:
@@ -105,7 +110,8 @@ def test_on_checkpoint__metrics_before_it_are_delivered_first(tmp_path: Path, wo
     callbacks.on_step(step_report(20))
     model = nn.Linear(1, 1)
     state = TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()), step=20)
-    callbacks.on_checkpoint(state, 20)
+    with callbacks.finishing():
+        callbacks.on_checkpoint(state, 20)
     assert work.metric("loss") == {20: 1.0}
     assert [checkpoint.step for checkpoint in work.checkpoints] == [20]
 
@@ -132,3 +138,76 @@ def test_should_stop__follows_the_service_and_ends_a_stale_attempt(tmp_path: Pat
         callbacks.rank.reporter.post()
     with pytest.raises(AttemptStaleError):
         callbacks.should_stop()
+
+
+def trained_state(step: int) -> TrainState:
+    model = nn.Linear(1, 1)
+    nn.init.constant_(model.weight, step)
+    return TrainState(model=model, optimizer=torch.optim.AdamW(model.parameters()), step=step)
+
+
+class Gate(FakeWork):
+    """Holds commits back until it is opened."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open = threading.Event()
+
+    def commit_checkpoint(self, checkpoint: Checkpoint) -> None:
+        assert self.open.wait(timeout=30)
+        super().commit_checkpoint(checkpoint)
+
+
+def test_on_checkpoint__training_goes_on_and_what_is_stored_is_what_was(tmp_path: Path) -> None:
+    work = Gate()
+    callbacks, state = callbacks_of(tmp_path, work), trained_state(10)
+    with callbacks.finishing():
+        callbacks.on_checkpoint(state, 10)
+        assert work.checkpoints == [], "it returned before the commit"
+        assert not callbacks.should_stop()
+        with torch.no_grad():
+            state.model.get_parameter("weight").fill_(-1.0)
+        work.open.set()
+    (checkpoint,) = work.checkpoints
+    restored = trained_state(0)
+    folder = fetch(checkpoint, callbacks.rank.store, tmp_path / "cache")
+    restore(restored, folder, fingerprint={})
+    assert (restored.step, restored.model.get_parameter("weight").item()) == (10, 10.0)
+
+
+def test_on_checkpoint__commits_are_in_order(tmp_path: Path, work: FakeWork) -> None:
+    callbacks = callbacks_of(tmp_path, work)
+    with callbacks.finishing():
+        for step in (1, 2, 3, 4):
+            callbacks.on_checkpoint(trained_state(step), step)
+    assert [checkpoint.step for checkpoint in work.checkpoints] == [1, 2, 3, 4]
+
+
+def test_on_checkpoint__what_failed_is_raised_at_a_next_step(
+    tmp_path: Path, work: FakeWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callbacks = callbacks_of(tmp_path, work)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(callbacks.writer, "save", full)
+    callbacks.on_checkpoint(trained_state(10), 10)
+    callbacks.background.close()
+    with pytest.raises(OSError, match="the disk is full"):
+        callbacks.should_stop()
+
+
+def test_finishing__raises_what_the_last_commit_raised(tmp_path: Path, work: FakeWork) -> None:
+    callbacks = callbacks_of(tmp_path, work)
+    work.stale = True
+    with pytest.raises((StaleAttempt, AttemptStaleError)), callbacks.finishing():
+        callbacks.on_checkpoint(trained_state(10), 10)
+
+
+def test_finishing__an_error_of_the_training_goes_first(tmp_path: Path, work: FakeWork) -> None:
+    callbacks = callbacks_of(tmp_path, work)
+    work.stale = True
+    callbacks.on_checkpoint(trained_state(10), 10)
+    with pytest.raises(ArithmeticError, match="NaN"), callbacks.finishing():
+        raise ArithmeticError("NaN")

@@ -45,7 +45,7 @@ def writer(store: JobStore, work: FakeWork) -> CheckpointWriter:
 def test_save__files_are_below_the_attempt_and_all_in_the_manifest(
     writer: CheckpointWriter, work: FakeWork, store: JobStore
 ) -> None:
-    writer.save(state(seed=0), step=5, metrics={"loss": 1.0})
+    writer.save(writer.snapshot(state(seed=0)), step=5, metrics={"loss": 1.0})
     (committed,) = work.checkpoints
     assert committed.prefix == "attempts/2/checkpoints/step-5"
     stored = {entry.key for entry in store.store.list("jobs/ab12")}
@@ -57,12 +57,12 @@ def test_save__files_are_below_the_attempt_and_all_in_the_manifest(
 def test_save__a_stale_attempt_hears_it(writer: CheckpointWriter, work: FakeWork) -> None:
     work.stale = True
     with pytest.raises(StaleAttempt):
-        writer.save(state(seed=0), step=5, metrics={})
+        writer.save(writer.snapshot(state(seed=0)), step=5, metrics={})
 
 
 def test_save__deletes_nothing(writer: CheckpointWriter, work: FakeWork, store: JobStore) -> None:
     for step in (1, 2, 3, 4):
-        writer.save(state(seed=0), step=step, metrics={})
+        writer.save(writer.snapshot(state(seed=0)), step=step, metrics={})
     stored = {entry.key for entry in store.store.list("jobs/ab12")}
     assert stored == {f"jobs/ab12/{entry.path}" for told in work.checkpoints for entry in told.files}
     assert len(work.checkpoints) == 4
@@ -72,7 +72,7 @@ def test_restore__brings_back_weights_moments_step_and_metrics(
     writer: CheckpointWriter, store: JobStore, tmp_path: Path
 ) -> None:
     saved, other = state(seed=0, step=5), state(seed=1)
-    checkpoint = writer.save(saved, step=5, metrics={"loss": 1.25})
+    checkpoint = writer.save(writer.snapshot(saved), step=5, metrics={"loss": 1.25})
     metrics = restore(other, fetch(checkpoint, store, tmp_path / "cache"), fingerprint=FINGERPRINT)
     assert other.step == 5
     assert metrics == {"loss": 1.25}
@@ -84,14 +84,14 @@ def test_restore__brings_back_weights_moments_step_and_metrics(
 def test_restore__another_configuration_is_refused(
     writer: CheckpointWriter, store: JobStore, tmp_path: Path
 ) -> None:
-    checkpoint = writer.save(state(seed=0), step=5, metrics={})
+    checkpoint = writer.save(writer.snapshot(state(seed=0)), step=5, metrics={})
     folder = fetch(checkpoint, store, tmp_path / "cache")
     with pytest.raises(CheckpointMismatchError, match=r"model\.depth was 2, now 3"):
         restore(state(seed=0), folder, fingerprint={"model": {"depth": 3}})
 
 
 def test_fetch__a_changed_byte_is_found(writer: CheckpointWriter, store: JobStore, tmp_path: Path) -> None:
-    checkpoint = writer.save(state(seed=0), step=5, metrics={})
+    checkpoint = writer.save(writer.snapshot(state(seed=0)), step=5, metrics={})
     key = f"jobs/ab12/{checkpoint.prefix}/state.safetensors"
     data = bytearray(store.store.get_bytes(key))
     data[-1] ^= 1
@@ -103,7 +103,7 @@ def test_fetch__a_changed_byte_is_found(writer: CheckpointWriter, store: JobStor
 def test_fetch__a_spoilt_download_is_replaced(
     writer: CheckpointWriter, store: JobStore, tmp_path: Path
 ) -> None:
-    checkpoint = writer.save(state(seed=0), step=5, metrics={})
+    checkpoint = writer.save(writer.snapshot(state(seed=0)), step=5, metrics={})
     folder = fetch(checkpoint, store, tmp_path / "cache")
     good = (folder / "state.safetensors").read_bytes()
     (folder / "state.safetensors").write_bytes(b"half of it")

@@ -79,7 +79,9 @@ def test_tokenizer__of_openai_is_where_the_driver_put_it(tmp_path: Path) -> None
 
 def test_tokenizer__a_folder_that_was_converted_before_serves_as_well(tmp_path: Path) -> None:
     official(tmp_path / "made")
-    assert tokenizer_of(rank_of(tmp_path, source=str(tmp_path / "made"))).vocab_size == 8
+    tokenizer = tokenizer_of(rank_of(tmp_path, source=str(tmp_path / "made")))
+    assert tokenizer is not None
+    assert tokenizer.vocab_size == 8
 
 
 def test_tokenizer__a_fake_one_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
