@@ -17,7 +17,6 @@ A step of 32 images takes about half a second of one AVX2 core, so a run of 150 
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -30,13 +29,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.nn.utils import get_total_norm as norm
 
+from benchmarks.changes import Changes, changed
+from benchmarks.labelled import Labelled
+from benchmarks.records import append, read
 from cim_core.cim import CIM, StepOutput, build_cim
 from cim_core.config import EnhancerConfig, ModelConfig, ObjectiveConfig, TokenizerSource, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, Views
 from cim_core.data.index import Index, scan
 from cim_core.data.loading import ImageLoader
+from cim_core.diagnostics import shared_gradients
 from cim_core.durations import plan
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import train_step
@@ -55,7 +57,6 @@ VIT = EnhancerConfig(
 )
 RESNET = EnhancerConfig(name="resnet18", shared_blocks=0)
 UNTRAINED = "untrained"
-Changes = Mapping[str, Any]
 
 REVDET: Changes = {"model.objective.name": "revdet", "model.objective.weight": 1.0}
 RESNET_REVDET: Changes = {**REVDET, "model.enhancer": RESNET, "model.generator.width": 128}
@@ -105,7 +106,7 @@ class Setup:
     """What all runs of one call have in common."""
 
     images: Index
-    labelled: tuple["Labelled", "Labelled"]  # votes, is classified
+    labelled: tuple[Labelled, Labelled]  # votes, is classified
     tokenizer: Tokenizer
     model: ModelConfig
     training: TrainingConfig
@@ -135,22 +136,6 @@ class Both:
 
     model: ModelConfig
     training: TrainingConfig
-
-
-def changed(config: Any, changes: Changes) -> Any:
-    """`config` with other values at dotted paths; values that rules tie together may be changed at once."""
-    inner: dict[str, dict[str, Any]] = {}
-    direct: dict[str, Any] = {}
-    for path, value in changes.items():
-        head, _, rest = path.partition(".")
-        if rest:
-            inner.setdefault(head, {})[rest] = value
-        else:
-            direct[head] = value
-    merged = {
-        name: changed(direct.pop(name, getattr(config, name)), deeper) for name, deeper in inner.items()
-    }
-    return dataclasses.replace(config, **direct, **merged)
 
 
 def run(
@@ -189,14 +174,11 @@ def trained(
 
 def judged(cim: CIM, batch: Views, *, seed: int) -> dict[str, float | None]:
     """What the last batch tells of the trained model: loss beside a constant's, gradients' ratio."""
-    output: StepOutput = cim(batch, generator=generator_for(seed, "bench", "judged"))
-    mim, enhancer = output.losses["mim"], output.losses[cim.config.objective.name]
-    weights = [p for p in cim.parameters() if p.requires_grad]
-    of_mim = torch.autograd.grad(mim, weights, retain_graph=True, allow_unused=True)
-    of_enhancer = torch.autograd.grad(cim.weight * enhancer, weights, allow_unused=True)
-    shared = [(a, b) for a, b in zip(of_mim, of_enhancer, strict=True) if a is not None and b is not None]
-    ratio = float(norm([b for _, b in shared]) / norm([a for a, _ in shared])) if shared else None
-    beside = float(enhancer.detach() / constant_loss(cim, output))
+    with torch.no_grad():
+        output: StepOutput = cim(batch, generator=generator_for(seed, "bench", "judged"))
+    beside = float(output.losses[cim.config.objective.name] / constant_loss(cim, output))
+    norms = shared_gradients(cim, batch, generator=generator_for(seed, "bench", "judged"))
+    ratio = norms["gradient_enhancer"] / norms["gradient_generator"] if norms else None
     return {"vs_constant": beside, "gradient_ratio": ratio}
 
 
@@ -208,33 +190,6 @@ def constant_loss(cim: CIM, output: StepOutput) -> Tensor:
         return cim.objective.l1 * difference.abs().mean() + cim.objective.l2 * difference.square().mean()
     rate = output.replaced_BN.float().mean()
     return torch.nn.functional.binary_cross_entropy(rate, rate)
-
-
-class Labelled:
-    """Labelled images, every k-th of a set, each decoded once for all runs."""
-
-    def __init__(self, index: Index, most: int) -> None:
-        every = -(-len(index) // most)
-        self.index = dataclasses.replace(index, entries=index.entries[::every])
-        self._sets: dict[int, ImageDataset] = {}
-
-    def of(self, image_size: int) -> ImageDataset:
-        """The images at this size."""
-        views = ViewConfig(image_size=image_size)
-        return self._sets.setdefault(image_size, KeptDataset(self.index, views, cache_bytes=0))
-
-
-class KeptDataset(ImageDataset):
-    """A data set that keeps the few bytes that a probe looks at instead of whole pictures."""
-
-    def eval_image(self, place: int) -> Tensor:
-        if place not in self._pixels:
-            self._pixels[place] = super().eval_image(place)
-        return self._pixels[place]
-
-    @functools.cached_property
-    def _pixels(self) -> dict[int, Tensor]:
-        return {}
 
 
 def neighbours(cim: CIM, labelled: tuple[Labelled, Labelled]) -> float:
@@ -292,11 +247,6 @@ def record_key(record: Mapping[str, Any]) -> str:
     """What makes a run this one: the variant, the seed, and all that the call had in common."""
     names = ("variant", "seed", "model", "training", "images", "labelled", "tokens")
     return json.dumps([record[name] for name in names], sort_keys=True)
-
-
-def read(file: Path) -> list[dict[str, Any]]:
-    """The records of earlier runs."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 COLUMNS = {
@@ -383,8 +333,7 @@ def main() -> None:
     done = {record_key(record) for record in read(given.out)}
     for record in runs(setup, seeds=given.seeds, only=given.only, done=done):
         line = json.dumps(record)
-        with given.out.open("a") as file:
-            file.write(line + "\n")
+        append(given.out, record)
         print(
             line if given.json else f"{record['variant']}, seed {record['seed']}: {record['seconds']:.0f} s"
         )

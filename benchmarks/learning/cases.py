@@ -1,0 +1,90 @@
+"""The methods that are compared, and what each of them trains."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+from typing import Any, Literal
+
+from torch import nn
+
+from cim_core.config import (
+    DecoderConfig,
+    EnhancerConfig,
+    Method,
+    ModelConfig,
+    ObjectiveConfig,
+    TokenizerSource,
+)
+from cim_core.data.dataset import Views
+from cim_core.engine.step import Task, TaskOutput
+from cim_core.task import cim_task
+
+VIT = EnhancerConfig(
+    name="vit_tiny_patch16_224", options={"depth": 6, "embed_dim": 192, "num_heads": 3}, shared_blocks=2
+)
+RESNET = EnhancerConfig(name="resnet18", shared_blocks=0)
+TOKENIZER = TokenizerSource(source="benchmark")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One row of the table."""
+
+    method: Method
+    enhancer: EnhancerConfig = VIT
+    objective: Literal["respix", "revdet"] = "respix"  # of cim
+    trains: bool = True
+    generator_alone: bool = False  # the enhancer's loss is left out; shared layers still learn
+    needs_tokenizer: bool = True
+    adds_tokenizer_seconds: bool = False  # equal wall-clock with the tokenizer's training counted in
+
+
+# Two thirds of the width and of the depth of the encoder, as in the paper. Its own decoder, 512 wide, would
+# be 97 % of the arithmetic beside an encoder of 192, and leave MAE few steps.
+MAE_DECODER = DecoderConfig(depth=4, width=128, heads=4)
+CASES: Mapping[str, Case] = MappingProxyType(
+    {
+        "random": Case(method="cim", trains=False),
+        "cim-respix": Case(method="cim"),
+        "cim-revdet": Case(method="cim", objective="revdet"),
+        "generator-only": Case(method="cim", generator_alone=True),
+        "beit": Case(method="beit"),
+        "simmim": Case(method="simmim", needs_tokenizer=False),
+        "mae": Case(method="mae", needs_tokenizer=False),
+        "simmim-long": Case(method="simmim", adds_tokenizer_seconds=True, needs_tokenizer=False),
+        "mae-long": Case(method="mae", adds_tokenizer_seconds=True, needs_tokenizer=False),
+        "resnet18-random": Case(method="cim", enhancer=RESNET, trains=False),
+        "resnet18-cim-respix": Case(method="cim", enhancer=RESNET),
+        "resnet18-cim-revdet": Case(method="cim", enhancer=RESNET, objective="revdet"),
+    }
+)
+
+
+def model_config(case: Case, *, image_size: int, patch_size: int) -> ModelConfig:
+    """What `case` trains, before changes that the command line asks for."""
+    given: dict[str, Any] = {"method": case.method, "image_size": image_size, "patch_size": patch_size}
+    if case.method == "cim":
+        given |= {"enhancer": case.enhancer, "objective": ObjectiveConfig(name=case.objective)}
+    else:
+        if case.method == "mae":
+            given["decoder"] = MAE_DECODER
+        given["enhancer"] = replace(case.enhancer, shared_blocks=None)  # there is no generator to share with
+    return ModelConfig(**given, tokenizer=TOKENIZER if case.needs_tokenizer else None)
+
+
+def task_of(case: Case, model: nn.Module, *, seed: int) -> Task[Views]:
+    """How one batch becomes a loss."""
+    task = cim_task(model, seed=seed)
+    return GeneratorAlone(task) if case.generator_alone else task
+
+
+class GeneratorAlone:
+    """CIM without the enhancer's loss. Its pass is still made, so that as many steps fit into a second."""
+
+    def __init__(self, task: Task[Views]) -> None:
+        self._task = task
+
+    def losses(self, batch: Views, *, step: int, micro: int, rank: int, progress: float) -> TaskOutput:
+        """The output of the whole, with the generator's loss in place of the sum."""
+        output: Any = self._task.losses(batch, step=step, micro=micro, rank=rank, progress=progress)
+        return replace(output, loss=output.losses["mim"])  # type: ignore[no-any-return]

@@ -1,0 +1,87 @@
+"""The table and the picture of what the runs have found."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from benchmarks.learning.chart import line_chart
+
+Record = Mapping[str, Any]
+
+# Header, key of a record, factor, digits. What a row has no number for stays empty.
+COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+    ("steps", "steps", 1, 0),
+    ("images", "images_seen", 1, 0),
+    ("seconds", "train_seconds", 1, 0),
+    ("k-NN", "knn", 100, 1),
+    ("linear", "linear", 100, 1),
+    ("k-NN, own pooling", "own_knn", 100, 1),
+    ("linear, own pooling", "own_linear", 100, 1),
+    ("k-NN, BN of real images", "bn_knn", 100, 1),
+    ("linear, BN of real images", "bn_linear", 100, 1),
+    ("fine-tuned", "finetune", 100, 1),
+    ("feature std", "diag_feature_std", 1, 2),
+    ("RankMe", "diag_rankme", 1, 1),
+)
+
+
+def row_name(record: Record) -> str:
+    """Method and label of a run: what it is averaged under."""
+    return f"{record['method']} {record['label']}".strip()
+
+
+def grouped(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The seeds of each row, in order of first appearance."""
+    rows: dict[str, list[Record]] = {}
+    for record in records:
+        rows.setdefault(row_name(record), []).append(record)
+    return rows
+
+
+def table(records: Iterable[Record]) -> str:
+    """Markdown: a row for each method, means over its seeds and, from two seeds on, their deviation."""
+    rows = grouped(records)
+    shown = [
+        column for column in COLUMNS if any(column[1] in record for row in rows.values() for record in row)
+    ]
+    lines = ["| method | seeds | " + " | ".join(header for header, *_ in shown) + " |"]
+    lines.append("| --- | ---: |" + " ---: |" * len(shown))
+    for name, row in rows.items():
+        cells = [
+            cell([r[key] * factor for r in row if key in r], digits=digits)
+            for _, key, factor, digits in shown
+        ]
+        lines.append(f"| {name} | {len(row)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def cell(values: Sequence[float], *, digits: int) -> str:
+    """Mean ± deviation between seeds (n - 1)."""
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{spread}"
+
+
+def mean_curve(records: Sequence[Record]) -> list[tuple[float, float]]:
+    """(seconds, k-NN in per cent) of each look, averaged over the seeds that have as many looks."""
+    curves = [record["curve"] for record in records if record.get("curve")]
+    longest = max((len(curve) for curve in curves), default=0)
+    same = [curve for curve in curves if len(curve) == longest]
+    return [
+        (statistics.fmean(p["seconds"] for p in points), 100 * statistics.fmean(p["knn"] for p in points))
+        for points in zip(*same, strict=True)
+    ]
+
+
+def picture(records: Iterable[Record]) -> Image.Image:
+    """The learning curves of all rows that have one."""
+    lines = {name: mean_curve(row) for name, row in grouped(records).items()}
+    return line_chart(
+        {name: line for name, line in lines.items() if line},
+        title="k-NN accuracy of frozen features, mean over seeds",
+        x_label="seconds of training",
+        y_label="%",
+    )

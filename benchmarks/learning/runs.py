@@ -1,0 +1,188 @@
+"""One run after the other: train a method for its seconds, probe what it learned, give the record."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks.changes import Changes, changed
+from benchmarks.labelled import SameImages
+from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
+from benchmarks.learning.cases import CASES, Case, model_config, task_of
+from benchmarks.learning.finetuning import finetuned
+from benchmarks.learning.probing import MeanOverPositions, Probes, controls, probed
+from cim_core.config import ModelConfig, TrainingConfig
+from cim_core.data.dataset import ImageDataset, ViewConfig, collate
+from cim_core.data.sampler import SampleId
+from cim_core.diagnostics import NUM_IMAGES, diagnose
+from cim_core.methods import build_model
+from cim_core.models.enhancer import Enhancer
+from cim_core.pretraining import Pretraining
+from cim_core.seeding import generator_for
+from cim_core.tokenizers.dvae import DiscreteVAE
+
+CONTROLS = ("pixels", "tokenizer-features")
+METHODS = (*CONTROLS, *CASES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Both:
+    """The two parts of a configuration, under the names that changes begin with."""
+
+    model: ModelConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What all runs of one call have in common."""
+
+    images: ImageDataset  # their views do not count
+    probes: Probes
+    tokenizer: DiscreteVAE
+    tokenizer_seconds: float  # that its training took
+    tokenizer_facts: Mapping[str, Any]
+    image_size: int
+    patch_size: int
+    training: TrainingConfig
+    seconds: float
+    points: int  # looks at the features during a training
+    finetune_seconds: float  # 0: no fine-tuning
+    finetune_images: ImageDataset
+    clock: str = "wall"  # of CLOCKS
+    label: str = ""
+    changes: Changes = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """What the record of each run says of them, and what a finished run is known by."""
+        return {
+            "label": self.label,
+            "changes": dict(self.changes),
+            "size": [self.image_size, self.patch_size],
+            "training": {k: v for k, v in vars(self.training).items() if k not in ("steps", "seed")},
+            "seconds": self.seconds,
+            "tokenizer": dict(self.tokenizer_facts),
+            "images": len(self.images),
+            "labelled": [len(part.index) for part in self.probes.full],
+            "finetuning": [self.finetune_seconds, len(self.finetune_images)],
+            "device": str(self.probes.device),
+            "clock": self.clock,
+        }
+
+    def both(self, case: Case, *, seed: int) -> Both:
+        """The configuration of one run, changes included."""
+        model = model_config(case, image_size=self.image_size, patch_size=self.patch_size)
+        both: Both = changed(Both(model=model, training=self.training), self.changes)
+        return dataclasses.replace(both, training=dataclasses.replace(both.training, seed=seed))
+
+    def dataset(self, source: ImageDataset, *, seed: int, tokens: bool) -> ImageDataset:
+        """Random views of the images of `source`, with the tokenizer's where `tokens` are needed."""
+        token_size = self.image_size // self.patch_size * self.tokenizer.stride if tokens else None
+        crop_min = self.training.crop_min
+        views = ViewConfig(image_size=self.image_size, token_size=token_size, crop_min=crop_min, seed=seed)
+        return SameImages(source, views)
+
+
+def runs(setting: Setting, *, methods: Sequence[str], seeds: int, done: set[str]) -> Iterator[dict[str, Any]]:
+    """The record of each run that has none yet, seed after seed."""
+    pilots: dict[str, float] = {}
+    for seed in range(seeds):
+        for method in methods:
+            key = {"method": method, "seed": seed, **setting.facts()}
+            if record_key(key) in done or (method in CONTROLS and seed > 0):
+                continue
+            found = control(setting, method) if method in CONTROLS else run(setting, method, seed, pilots)
+            yield {**key, **found, "torch": torch.__version__}
+
+
+def record_key(record: Mapping[str, Any]) -> str:
+    """What makes a run this one: method, seed, and all that the call had in common."""
+    names = ("method", "seed", "label", "changes", "size", "training", "seconds", "tokenizer", "images")
+    more = ("labelled", "finetuning", "device", "clock")
+    return json.dumps({name: record[name] for name in (*names, *more)}, sort_keys=True)
+
+
+def control(setting: Setting, method: str) -> dict[str, Any]:
+    """Probes on features that no pre-training made."""
+    grid = setting.image_size // setting.patch_size
+    encoder, side = controls(setting.tokenizer, grid=grid)[method]
+    return setting.probes.all(encoder, image_size=side, seed=0)
+
+
+def run(setting: Setting, method: str, seed: int, pilots: dict[str, float]) -> dict[str, Any]:
+    """Train (or not) and measure. `pilots` keeps the seconds of a step for the other seeds."""
+    case, device = CASES[method], setting.probes.device
+    both = setting.both(case, seed=seed)
+    dataset = setting.dataset(setting.images, seed=seed, tokens=case.needs_tokenizer)
+    tokenizer = setting.tokenizer if case.needs_tokenizer else None
+    found: dict[str, Any] = {}
+
+    def made() -> Pretraining:
+        return build_model(both.model, tokenizer, seed=seed).to(device)
+
+    model = made()
+    if case.trains:
+        if method not in pilots:
+            pilot = made()
+            task = task_of(case, pilot, seed=seed)
+            clock = CLOCKS[setting.clock]
+            pilots[method] = step_seconds(pilot, task, dataset, both.training, device=device, clock=clock)
+        found |= _trained(setting, case, model, both, dataset, step=pilots[method])
+    enhancer = model.enhancer
+    found |= probed(setting.probes, enhancer, dataset, image_size=setting.image_size, seed=seed)
+    found |= _diagnosed(model, dataset, seed=seed)
+    if setting.finetune_seconds > 0:
+        found |= _finetuned(setting, both, enhancer, seed=seed)
+    return found
+
+
+def _trained(
+    setting: Setting, case: Case, model: Pretraining, both: Both, dataset: ImageDataset, *, step: float
+) -> dict[str, Any]:
+    seconds = setting.seconds + (setting.tokenizer_seconds if case.adds_tokenizer_seconds else 0)
+    steps = num_steps(seconds, step)
+    training = dataclasses.replace(both.training, steps=steps, epochs=None, images=None)
+    encoder = MeanOverPositions(model.enhancer)
+    course = train(
+        model,
+        task_of(case, model, seed=training.seed),
+        dataset,
+        training,
+        look=lambda: {"knn": setting.probes.knn(encoder, image_size=setting.image_size)},
+        points=setting.points,
+        device=setting.probes.device,
+        clock=CLOCKS[setting.clock],
+    )
+    return {
+        "steps": steps,
+        "images_seen": steps * training.batch_size,
+        "train_seconds": course.seconds(),
+        "pilot_step_seconds": step,
+        "curve": course.curve,
+        "metrics": course.metrics(),
+    }
+
+
+def _diagnosed(model: Pretraining, dataset: ImageDataset, *, seed: int) -> dict[str, float]:
+    views = collate([dataset[SampleId(0, place)] for place in range(min(NUM_IMAGES, len(dataset)))])
+    device = next(model.parameters()).device
+    looked = generator_for(seed, "learning", "diagnostics")
+    return diagnose(model, views.to(device), generator=looked)
+
+
+def _finetuned(setting: Setting, both: Both, enhancer: Enhancer, *, seed: int) -> dict[str, float]:
+    train_set = setting.dataset(setting.finetune_images, seed=seed, tokens=False)
+    val_set = setting.probes.full[1].of(setting.image_size)
+    training = dataclasses.replace(both.training, batch_size=min(both.training.batch_size, len(train_set)))
+    return finetuned(
+        enhancer,
+        train_set,
+        val_set,
+        training,
+        seconds=setting.finetune_seconds,
+        device=setting.probes.device,
+        clock=CLOCKS[setting.clock],
+    )
