@@ -74,6 +74,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--crop-min", type=float, default=0.3)
     parser.add_argument("--val-images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--curve", action="store_true", help="print every tenth step as well")
     parser.add_argument("--out", type=Path, help="folder for tokenizers and pictures")
@@ -87,7 +88,7 @@ def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, 
     rate = {"learning_rate": given.pop("rate")} if "rate" in given else {}
     training = TokenizerTrainingConfig(
         steps=options.steps, batch_size=options.batch, weight_decay=0.0, **rate,
-        precision="fp32", crop_min=options.crop_min, seed=options.seed,
+        precision=options.precision, crop_min=options.crop_min, seed=options.seed,
     )  # fmt: skip
     return replace(TokenizerConfig(), **given), training
 

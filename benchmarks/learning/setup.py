@@ -15,6 +15,7 @@ from benchmarks.learning.runs import Setting
 from cim_core.config import TokenizerConfig, TokenizerTrainingConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig
 from cim_core.data.index import Index, scan
+from cim_core.engine.precision import with_precision
 from cim_core.seeding import generator_for
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.evaluate import evaluate_tokenizer
@@ -51,12 +52,14 @@ def setting_of(given: argparse.Namespace) -> Setting:
         tokenizer_facts=facts,
         image_size=given.size,
         patch_size=given.patch,
-        training=TrainingConfig(
-            steps=1,  # of each run: its seconds divided by those of a step
-            batch_size=given.batch,
-            learning_rate=given.rate,
-            crop_min=given.crop_min,
-            precision="fp32" if given.device.type == "cpu" else None,
+        training=with_precision(
+            TrainingConfig(
+                steps=1,  # of each run: its seconds divided by those of a step
+                batch_size=given.batch,
+                learning_rate=given.rate,
+                crop_min=given.crop_min,
+            ),
+            given.device,
         ),
         seconds=given.seconds,
         points=given.points,
@@ -83,12 +86,14 @@ def make_tokenizer(folder: Path, given: argparse.Namespace, images: ImageDataset
     config = TokenizerConfig(
         image_size=side, stride=given.stride, width=given.tokenizer_width, vocab_size=given.vocabulary
     )
-    training: TrainingConfig = TokenizerTrainingConfig(
-        steps=1,
-        batch_size=min(TOKENIZER_BATCH, len(images)),
-        weight_decay=0.0,
-        crop_min=given.crop_min,
-        precision="fp32" if given.device.type == "cpu" else None,
+    training = with_precision(
+        TokenizerTrainingConfig(
+            steps=1,
+            batch_size=min(TOKENIZER_BATCH, len(images)),
+            weight_decay=0.0,
+            crop_min=given.crop_min,
+        ),
+        given.device,
     )
     dataset = SameImages(images, ViewConfig(image_size=side, crop_min=given.crop_min))
     pilot = _untrained(config).to(given.device)
