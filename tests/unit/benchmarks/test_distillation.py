@@ -13,8 +13,8 @@ from cim_core.tokenizers.dvae import DiscreteVAE
 CONFIG = TokenizerConfig(image_size=16, stride=4, width=4, vocab_size=6, code_dim=8, quantiser="relaxed")
 
 
-def tokenizer(seed: int, **changes: int) -> DiscreteVAE:
-    made = DiscreteVAE(replace(CONFIG, **changes), generator=generator_for(seed, "init", "tokenizer"))
+def tokenizer(seed: int, *, width: int = 4) -> DiscreteVAE:
+    made = DiscreteVAE(replace(CONFIG, width=width), generator=generator_for(seed, "init", "tokenizer"))
     return made.eval()
 
 
@@ -47,7 +47,8 @@ def test_losses__token_by_token_and_pixel_by_pixel(views: Views) -> None:
 
 def test_losses__teach_both_halves_of_the_student_and_nothing_of_the_teacher(views: Views) -> None:
     teacher, student = tokenizer(1), tokenizer(2, width=2)
-    DistillationTask(student, teacher).losses(views, step=0, micro=0, rank=0, progress=0.0).loss.backward()
+    output = DistillationTask(student, teacher).losses(views, step=0, micro=0, rank=0, progress=0.0)
+    output.loss.backward()  # type: ignore[no-untyped-call]
     untrained = [name for name, value in student.named_parameters() if value.grad is None]
     assert untrained == []
     assert all(value.grad is None for value in teacher.parameters())
