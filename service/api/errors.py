@@ -12,6 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
+from service.contracts.addresses import without_secrets
 from service.contracts.problems import FieldProblem, Problem
 from service.errors import InvalidSpecError, ServiceError
 
@@ -63,7 +64,7 @@ async def _service_error(_request: Request, error: Exception) -> Response:
 
 async def _invalid_request(_request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    errors = [_field_problem(detail) for detail in error.errors()]
+    errors = [without_secrets(_field_problem(detail)) for detail in error.errors()]
     detail = "; ".join(f"{one.path}: {one.message}" for one in errors)
     problem = Problem(
         title="The request is not valid", status=422, code="invalid_request", detail=detail, errors=errors

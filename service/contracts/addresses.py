@@ -1,20 +1,25 @@
-"""The addresses in a spec, and secrets in them.
+"""The addresses in a spec, and secrets in its texts.
 
-A spec is kept, shown, logged and copied to MLflow. So no address may hold a password, a key or a
-signature: workers have credentials of their own.
+A spec is kept, shown, logged and copied to MLflow, and so are a job's name and labels. So no address in
+them may hold a password, a key or a signature: workers have credentials of their own.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 from urllib.parse import unquote
 
 from service.contracts.problems import FieldProblem
+from service.contracts.spec_keys import Part, dotted
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
 
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/")
+# Looked for in any text, so bounded: time grows with the length alone.
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,30}:/")
+_MOST_ADDRESSES = 32  # of one text; in a longer list the last ones are not judged
+_AWS_KEY = re.compile(r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])")
 _AT = "(?:@|%(?:25)*40)"
 # AWS's secret keys hold slashes, so the end of one may look like a path: what cannot be a port is one.
 _USER_AND_MORE = rf"[^\s/?#'\"@:]*:(?!\d{{1,5}}(?:[/?#]|$))[^\s'\"]*{_AT}"
@@ -58,28 +63,46 @@ def official_files_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
         yield from ((f"model.tokenizer.{name}", uri) for name, uri in files if uri is not None)
 
 
-def addresses_of(spec: AnySpec) -> Iterator[tuple[str, str]]:
-    """Dotted path and value of every key that may hold an address."""
-    yield from images_of(spec)
-    yield from models_of(spec)
-    yield from official_files_of(spec)
+def secrets_in(tree: Mapping[str, Any]) -> Iterator[FieldProblem]:
+    """A lesson for each text or key in `tree` that holds a secret; the secret is not repeated.
+
+    Addresses and AWS's access keys are seen; nobody can tell a plain password from any other word.
+    """
+    for path, text in _texts(tree):
+        if fault := _secret_fault(text):
+            yield FieldProblem(path=path, message=fault)
 
 
-def secrets_in(spec: AnySpec) -> Iterator[FieldProblem]:
-    """A lesson for each address that holds a secret; the secret is not repeated."""
-    for path, address in addresses_of(spec):
-        if fault := _secret_fault(address):
-            yield FieldProblem(path=path, message=f"{fault}, got {redacted(address)!r}")
+def _texts(tree: object) -> Iterator[tuple[str, str]]:
+    """Dotted path and content of every text, names of keys included."""
+    todo: list[tuple[tuple[Part, ...], object]] = [((), tree)]
+    while todo:
+        parts, value = todo.pop()
+        if isinstance(value, str):
+            yield dotted(parts), value
+        elif isinstance(value, Mapping):
+            yield from ((dotted((*parts, key)), key) for key in value)
+            todo += [((*parts, key), inner) for key, inner in value.items()]
+        elif isinstance(value, list | tuple):
+            todo += [((*parts, number), inner) for number, inner in enumerate(value)]
 
 
 def redacted(text: str) -> str:
-    """`text` without passwords and query values of the addresses in it; time grows with its length."""
-    return _WORD.sub(lambda word: _SHOWN_VALUE.sub(r"\1***", _without_owner(word[0])), text)
+    """`text` without AWS's access keys, and its addresses without passwords and query values.
+
+    Time grows with its length.
+    """
+    keyless = _AWS_KEY.sub("***", text)
+    return _WORD.sub(lambda word: _SHOWN_VALUE.sub(r"\1***", _without_owner(word[0])), keyless)
 
 
 def without_secrets(problem: FieldProblem) -> FieldProblem:
     """`problem` as it may go into an answer and into a log: whatever is wrong may stand in a secret."""
-    cleaned = {"message": redacted(problem.message), "value": _redacted_deep(problem.value)}
+    cleaned = {
+        "path": redacted(problem.path),  # a label's name may be anything
+        "message": redacted(problem.message),
+        "value": _redacted_deep(problem.value),
+    }
     return problem.model_copy(update=cleaned)
 
 
@@ -103,25 +126,30 @@ def _redacted_deep(value: Any) -> Any:
     if isinstance(value, list):
         return [_redacted_deep(item) for item in value]
     if isinstance(value, dict):
-        return {key: _redacted_deep(item) for key, item in value.items()}
+        return {_redacted_deep(key): _redacted_deep(item) for key, item in value.items()}
     return value
 
 
-def _secret_fault(address: str) -> str:
-    if not _SCHEME.match(address):
-        return ""
+def _secret_fault(text: str) -> str:
+    address = f", got {redacted(text)!r}" if _SCHEME.match(text) else ""
     # Decoded as often as it takes: %2540 is an @ for whoever decodes twice.
     for _ in range(3):
-        if _OWNER.match(address):
+        if _AWS_KEY.search(text):
+            return (
+                "must not hold an AWS access key: specs are kept, shown and logged. Leave it out; workers "
+                "find credentials in their own environment (AWS_ACCESS_KEY_ID, ...)"
+            )
+        starts = [found.start() for found in islice(_SCHEME.finditer(text), _MOST_ADDRESSES)]
+        if any(_OWNER.match(text, start) for start in starts):
             return (
                 "must not hold a user name, key or password: specs are kept, shown and logged. Leave it out; "
-                "workers find credentials in their own environment (AWS_ACCESS_KEY_ID, ...)"
+                f"workers find credentials in their own environment (AWS_ACCESS_KEY_ID, ...){address}"
             )
-        names = [name.lower() for name in _PARAMETER.findall(address)]
+        names = [name.lower() for name in _PARAMETER.findall(text, starts[0])] if starts else []
         if secret := next((name for name in names if _SECRET_NAME.search(name)), None):
             return (
                 f"must not hold a secret, as {secret}= is: specs are kept, shown and logged. Copy the "
-                "file to a folder or bucket that the workers can read, and give that address"
+                f"file to a folder or bucket that the workers can read, and give that address{address}"
             )
-        address = unquote(address)
+        text = unquote(text)
     return ""

@@ -12,7 +12,7 @@ from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources
 
 def check(spec: AnySpec) -> Iterator[FieldProblem]:
     """Every broken rule."""
-    yield from secrets_in(spec)
+    yield from secrets_in(spec.model_dump(mode="json"))
     if isinstance(spec, EvaluateSpec):
         yield from _encoder(spec.encoder)
         return

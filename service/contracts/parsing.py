@@ -60,7 +60,8 @@ def place(number: int, count: int) -> str:
 
 def at(where: str, problem: FieldProblem) -> FieldProblem:
     """The problem with `where` before its path, fit to be shown."""
-    return without_secrets(problem).model_copy(update={"path": (where + problem.path).rstrip(".") or "spec"})
+    shown = without_secrets(problem)
+    return shown.model_copy(update={"path": (where + shown.path).rstrip(".") or "spec"})
 
 
 def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:

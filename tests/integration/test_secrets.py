@@ -38,6 +38,7 @@ AWS = {
     "AWS_SESSION_TOKEN": "aws-session-SECRET0003",
 }
 RAY_TOKEN = "ray-token-SECRET0004"
+LABEL = "https://me:label-SECRET0009@host/?token=label-SECRET0010"
 WEB = "https://me:web-SECRET0005@example.org/x?sig=web-SECRET0006"
 
 
@@ -143,11 +144,15 @@ async def test_secrets__come_out_nowhere(
     await everything.reconciler.run_once()
     refused = [
         (await world.client.post("/v1/jobs", json=world.tokenizer("x", data={"uri": WEB}))).text,
+        (await world.client.post("/v1/jobs", json=world.tokenizer("x", labels={"src": LABEL}))).text,
+        (await world.client.patch("/v1/jobs/good", json={"labels": {"src": LABEL}})).text,
+        (await world.client.patch("/v1/jobs/good", json={"name": AWS["AWS_ACCESS_KEY_ID"]})).text,
         (await world.tell(lost, 1, "report", {"progress": {}}, token="guessed-SECRET0007")).text,
         (await world.claim(lost, 1, code="guessed-SECRET0008")).text,
     ]
     found = await everything.read()
     sources = {**found, "refused": repr(refused), "service log": service_log(caplog)}
+    assert all('"status":4' in text for text in refused)
     assert (await world.show("good"))["state"] == "succeeded"
     assert "the store refused" in (await world.show("bad"))["attempts"][0]["message"]
     assert "its last lines: cannot read https://***" in (await world.show("lost"))["reason"]

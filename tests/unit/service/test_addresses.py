@@ -8,9 +8,10 @@ import pytest
 from pydantic import BaseModel
 
 from cim_core.config import DALL_E, TokenizerSource
-from service.contracts.addresses import addresses_of, redacted
+from service.contracts.addresses import images_of, models_of, official_files_of, redacted
 from service.contracts.parsing import parse
 from service.contracts.spec_keys import MODELS
+from service.db.tables import JobRow
 from service.errors import InvalidSpecError
 from tests.fakes.world import World
 from tests.unit.service.test_parsing import evaluate, pretrain
@@ -102,11 +103,12 @@ def test_secret__what_only_looks_like_one_is_taken(path: str, address: str) -> N
 
 
 def test_places__are_all_keys_that_may_hold_an_address() -> None:
-    """Whoever adds an address to the spec finds this red, and adds it to `addresses_of`."""
+    """Whoever adds an address to the spec finds this red, and adds it to what `uris.problems` reads."""
     found = set().union(*(set(_addresses_in(model, ())) for model in MODELS.values()))
     assert found == set(PLACES)
-    specs = [with_address(path, "/x") for path in PLACES]
-    assert {path for spec in specs for path, _ in addresses_of(parse(spec))} == set(PLACES)
+    specs = [parse(with_address(path, "/x")) for path in PLACES]
+    lists = (images_of, models_of, official_files_of)
+    assert {path for spec in specs for listed in lists for path, _ in listed(spec)} == set(PLACES)
 
 
 def _addresses_in(model: type[BaseModel], place: tuple[str, ...]) -> Iterator[str]:
@@ -141,6 +143,75 @@ def test_problem__a_secret_in_a_mistaken_key_is_not_repeated() -> None:
         assert refused(spec)
 
 
+KEY = "AKIA" + "HIDDEN0123456789"[:16]
+TEXTS = [
+    SECRETS[0],
+    "https://me:HIDDEN@host/?token=abc",
+    "https://host/?token=HIDDEN",
+    "taken from https://me:HIDDEN@host/x on Monday",
+    "src=https://me:HIDDEN@host/x",
+    "see https://example.org/a, s3://HIDDEN@bucket/x",
+    "https%3A%2F%2Fme%3AHIDDEN%40host",
+    KEY,
+    f"key {KEY.replace('AKIA', 'ASIA')}!",
+    f"s3://bucket/{KEY}/x",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_secret__is_refused_in_a_label_and_not_repeated(text: str) -> None:
+    problems = refused(pretrain(labels={"team": "vision", "src": text}))
+    assert set(problems) == {"labels.src"}
+    assert "specs are kept, shown and logged" in problems["labels.src"]
+
+
+def test_secret__is_refused_in_a_name_and_in_a_labels_name() -> None:
+    assert set(refused(pretrain(name=KEY))) == {"name"}
+    assert set(refused(pretrain(labels={KEY: "x"}))) == {"labels.***"}
+    assert set(refused(pretrain(labels={"https://me:HIDDEN@host": "x"}))) == {"labels.https://***@host"}
+
+
+def test_secret__is_refused_wherever_a_spec_takes_text() -> None:
+    options = {"depth": 3, "weights": "https://me:HIDDEN@host/x"}
+    problems = refused(pretrain(model__enhancer={"name": "vit_small_patch16_224", "options": options}))
+    assert set(problems) == {"model.enhancer.options.weights"}
+
+
+@pytest.mark.parametrize(
+    "text", [*HARMLESS, "ticket 12: see https://example.org/a?page=2", "AKIA", f"{KEY}0", f"x{KEY}"]
+)
+def test_secret__a_label_that_only_looks_like_one_is_taken(text: str) -> None:
+    parse(pretrain(labels={"src": text}))
+
+
+async def test_patch__a_secret_is_refused_and_neither_stored_nor_shown(world: World) -> None:
+    (job,) = await world.submit(world.tokenizer("tok", labels={"team": "vision"}))
+    address = f"/v1/jobs/{job['id']}"
+    changes: list[dict[str, Any]] = [{"labels": {"src": text}} for text in TEXTS] + [
+        {"name": KEY},
+        {"labels": {KEY: "x"}},
+        {"labels": {"src": TEXTS[1] + "x" * 300}},
+    ]
+    for change in changes:
+        answer = await world.client.patch(address, json=change)
+        assert answer.status_code == 422, change
+        assert "HIDDEN" not in answer.text
+    shown = await world.show("tok")
+    assert (shown["name"], shown["labels"]) == ("tok", {"team": "vision"})
+    assert "HIDDEN" not in (await world.client.get(f"{address}/events")).text
+
+
+async def test_patch__labels_of_an_earlier_release_are_not_repeated_in_the_event(world: World) -> None:
+    (job,) = await world.submit(world.tokenizer("tok"))
+    async with world.sessions.begin() as session:
+        (await session.get_one(JobRow, job["id"])).labels = {"src": TEXTS[1], "key": KEY}
+    answer = await world.client.patch(f"/v1/jobs/{job['id']}", json={"labels": {"team": "vision"}})
+    assert answer.json()["labels"] == {"team": "vision"}
+    events = (await world.client.get(f"/v1/jobs/{job['id']}/events")).text
+    assert "vision" in events
+    assert "HIDDEN" not in events
+
+
 async def test_submit__neither_answer_nor_events_hold_it(world: World) -> None:
     document = world.tokenizer(data={"uri": "s3://AKIAKEY:HIDDEN@bucket/photos/"})
     for path in ("/v1/jobs", "/v1/jobs/validate"):
@@ -158,6 +229,7 @@ async def test_submit__neither_answer_nor_events_hold_it(world: World) -> None:
         ("https://h:80/x@1/y", "https://h:80/x@1/y"),
         ("me:pw@host/path", "***@host/path"),
         ("/data/plain", "/data/plain"),
+        ("id AKIA0123456789ABCDEF, xAKIA0123456789ABCDEF", "id ***, xAKIA0123456789ABCDEF"),
     ],
 )
 def test_redacted__by_hand(text: str, shown: str) -> None:
