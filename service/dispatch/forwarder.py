@@ -38,10 +38,9 @@ logger = logging.getLogger(__name__)
 _JOBS_A_PASS = 500
 _FILES_A_READ = 100
 UNFINISHED = (
-    select(JobRow)
+    select(JobRow.id)
     .where(JobRow.attempt > 0, JobRow.mlflow_closed.is_(False))
     .order_by(JobRow.updated_at.desc())
-    .limit(_JOBS_A_PASS)
 )
 # Written with a guard: a job that its user has retried meanwhile is to be recorded on.
 _CLOSED = {"mlflow_closed": True}
@@ -73,6 +72,7 @@ class Forwarder:
         self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._public_url = public_url
         self._complained = ""
+        self._turn: list[str] = []  # jobs that this round has not come to yet
 
     async def run_once(self) -> None:
         """Bring the runs of all jobs that were ever launched up to date.
@@ -82,13 +82,11 @@ class Forwarder:
         """
         for job in await self._unfinished():
             try:
-                await self._forward(job)
+                await self._forward_or_give_up(job)
             except TrackerUnavailableError as error:
                 # It is down for the others too.
                 self._complain(str(error))
                 return
-            except TrackerRefusedError as error:
-                await self._give_up(job, str(error))
             except StoreError as error:
                 self._complain(f"pictures of job {job.id} wait: {error}")
             except (LeaseLostError, *OUTAGES):
@@ -99,9 +97,20 @@ class Forwarder:
                 self._complained = ""
 
     async def _unfinished(self) -> list[JobRow]:
+        """The next jobs in turn: newest first alone, busy ones could hold up one that has ended for ever."""
         async with self._sessions.begin() as session:
             await only_reads(session)
-            return list(await session.scalars(UNFINISHED))
+            if not self._turn:
+                self._turn = list(await session.scalars(UNFINISHED))
+            turn, self._turn = self._turn[:_JOBS_A_PASS], self._turn[_JOBS_A_PASS:]
+            found = await queries.jobs_by_id(session, turn) if turn else {}
+        return [job for job_id in turn if (job := found.get(job_id)) and not job.mlflow_closed]
+
+    async def _forward_or_give_up(self, job: JobRow) -> None:
+        try:
+            await self._forward(job)
+        except TrackerRefusedError as error:
+            await self._give_up(job, str(error))
 
     async def _forward(self, job: JobRow) -> None:
         """`job` was read before its points and files: if it was final then, they are complete."""
@@ -196,11 +205,22 @@ class Forwarder:
         await self._tracker.close(run_id, _OUTCOMES[job.state], ended_at=ended_at, description=description)
 
     async def _give_up(self, job: JobRow, why: str) -> None:
-        """The run was deleted, or the like: say so once, and let the job go on without it."""
-        logger.warning("job %s is no longer recorded: %s", job.id, why)
+        """The run was deleted, or the like: say so once, and let the job go on without it.
+
+        What is there is closed first, so that it does not say for ever that the job runs.
+        """
+        told = f"no longer recorded in MLflow: {why}"
+        description = f"{describe(job, public_url=self._public_url)}\n\n**{told}**"
+        await self._check_lease()
+        await self._tracker.abandon(
+            job.id,
+            _OUTCOMES.get(job.state, Outcome.KILLED),
+            ended_at=job.finished_at or job.updated_at,
+            description=description,
+        )
+        logger.warning("job %s is %s", job.id, told)
         async with self._guarded.begin() as session:
             await moves.write(session, moves.seen(job), _CLOSED)
-            told = f"no longer recorded in MLflow: {why}"
             moves.note(session, job.id, actor="dispatcher", message=told, now=datetime.now(UTC))
 
     async def _check_lease(self) -> None:

@@ -63,6 +63,13 @@ class MlflowTracker:
         await self._call(self._client.set_tag, run_id, _NOTE_TAG, description)
         await self._call(self._client.set_terminated, run_id, str(outcome), _ms(ended_at))
 
+    async def abandon(self, job_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
+        """Looked up by the job's tag: a run that was refused half-way has told nobody its id."""
+        for run in await self._call(self._runs_of, job_id, ViewType.ACTIVE_ONLY):
+            if run.info.status == _RUNNING:
+                run_id = str(run.info.run_id)
+                await self.close(run_id, outcome, ended_at=ended_at, description=description)
+
     async def keep_only(self, run_id: str, *, job_id: str) -> None:
         """MLflow keeps what is deleted for its users to restore, until `mlflow gc`."""
         await self._call(self._keep_only, run_id, job_id)
@@ -77,20 +84,22 @@ class MlflowTracker:
         return list(self._client.search_runs([self._ensure_experiment()], wanted, view))
 
     def _ensure_run(self, run: NewRun) -> str:
-        found = self._runs_of(run.job_id, ViewType.ALL)
-        if found:
-            run_id = str(found[0].info.run_id)
-            if found[0].info.status != _RUNNING:
-                # A job that its user tries again goes on in its run.
-                self._client.update_run(run_id, status=_RUNNING)
-        else:
-            tags = {**run.tags, JOB_TAG: run.job_id, _NOTE_TAG: run.description}
-            made = self._client.create_run(self._ensure_experiment(), _ms(run.started_at), tags, run.name)
-            run_id = str(made.info.run_id)
-        # An earlier try may have ended between the run and its parameters; the same again is fine.
-        for params in _portions([Param(k, v) for k, v in run.params.items()], _MAX_PARAMS):
+        found = next(iter(self._runs_of(run.job_id, ViewType.ALL)), None)
+        made = found or self._create(run)
+        run_id = str(made.info.run_id)
+        # An earlier try may have ended between the run and its parameters. One that is there stays: MLflow
+        # refuses another value, which a job has that was planned anew since.
+        missing = [Param(key, value) for key, value in run.params.items() if key not in made.data.params]
+        for params in _portions(missing, _MAX_PARAMS):
             self._client.log_batch(run_id, params=params)
+        if made.info.status != _RUNNING:
+            # A job that its user tries again goes on in its run.
+            self._client.update_run(run_id, status=_RUNNING)
         return run_id
+
+    def _create(self, run: NewRun) -> Run:
+        tags = {**run.tags, JOB_TAG: run.job_id, _NOTE_TAG: run.description}
+        return self._client.create_run(self._ensure_experiment(), _ms(run.started_at), tags, run.name)
 
     def _ensure_experiment(self) -> str:
         if self._experiment_id is None:

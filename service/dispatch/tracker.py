@@ -65,7 +65,7 @@ class Tracker(Protocol):
     """A record of runs for people to look at."""
 
     async def ensure_run(self, run: NewRun) -> str:
-        """The id of the job's run, which is made where there is none."""
+        """The id of the job's run, which is open then. A parameter that it has already is left alone."""
         ...
 
     async def log_points(self, run_id: str, points: Sequence[Point]) -> None:
@@ -78,6 +78,10 @@ class Tracker(Protocol):
 
     async def close(self, run_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
         """End the run, with its last description."""
+        ...
+
+    async def abandon(self, job_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
+        """End every run of the job that is open, whichever id it has; none is fine."""
         ...
 
     async def keep_only(self, run_id: str, *, job_id: str) -> None:

@@ -20,6 +20,7 @@ class FakeRun:
     """One run as a person would see it."""
 
     new: NewRun
+    params: dict[str, str] = field(default_factory=dict)
     points: dict[tuple[str, int], float] = field(default_factory=dict)
     pictures: dict[tuple[str, int], bytes] = field(default_factory=dict)
     outcome: Outcome | None = None
@@ -44,7 +45,8 @@ class FakeTracker:
     async def ensure_run(self, run: NewRun) -> str:
         self._check()
         run_id = f"run-{run.job_id}"
-        self.runs.setdefault(run_id, FakeRun(run, description=run.description)).outcome = None
+        known = self.runs.setdefault(run_id, FakeRun(run, description=run.description))
+        known.outcome, known.params = None, {**run.params, **known.params}
         self._reply()
         return run_id
 
@@ -63,6 +65,13 @@ class FakeTracker:
     async def close(self, run_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
         run = self._run(run_id)
         run.outcome, run.description = outcome, description
+        self._reply()
+
+    async def abandon(self, job_id: str, outcome: Outcome, *, ended_at: datetime, description: str) -> None:
+        self._check()
+        for run_id, run in self.runs.items():
+            if run.new.job_id == job_id and run_id not in self.deleted and not run.closed:
+                run.outcome, run.description = outcome, description
         self._reply()
 
     async def keep_only(self, run_id: str, *, job_id: str) -> None:

@@ -3,6 +3,7 @@
 import io
 import secrets
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -27,6 +28,10 @@ class Record(Protocol):
 
     def status(self, run_id: str) -> tuple[str, str]:
         """Status and description."""
+        ...
+
+    def params(self, run_id: str) -> Mapping[str, str]:
+        """What the run says of its settings."""
         ...
 
     def double(self, run_id: str) -> str:
@@ -111,6 +116,40 @@ class TrackerContract:
         await tracker.close(run_id, Outcome.FAILED, ended_at=AT, description="**last**")
         assert await tracker.ensure_run(run) == run_id
         assert record.status(run_id)[0] == "RUNNING"
+
+    async def test_ensure_run__of_a_job_whose_settings_changed_keeps_those_it_has(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run = new_run()
+        run_id = await tracker.ensure_run(run)
+        await tracker.close(run_id, Outcome.FAILED, ended_at=AT, description="**last**")
+        changed = replace(run, params={**run.params, "model.key149": "other", "plan.total_steps": "7"})
+        assert await tracker.ensure_run(changed) == run_id
+        assert record.status(run_id)[0] == "RUNNING"
+        assert dict(record.params(run_id)) == {**run.params, "plan.total_steps": "7"}
+
+    async def test_abandon__ends_every_open_run_of_the_job_and_may_be_repeated(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run, other = new_run(), await tracker.ensure_run(new_run())
+        run_id = await tracker.ensure_run(run)
+        double = record.double(run_id)
+        for _ in range(2):
+            await tracker.abandon(run.job_id, Outcome.KILLED, ended_at=AT, description="**no more**")
+        assert record.status(run_id) == record.status(double) == ("KILLED", "**no more**")
+        assert record.status(other)[0] == "RUNNING"
+
+    async def test_abandon__leaves_what_has_ended_or_is_deleted(
+        self, tracker: Tracker, record: Record
+    ) -> None:
+        run = new_run()
+        run_id = await tracker.ensure_run(run)
+        double = record.double(run_id)
+        record.delete(double)
+        await tracker.close(run_id, Outcome.FINISHED, ended_at=AT, description="**last**")
+        await tracker.abandon(run.job_id, Outcome.KILLED, ended_at=AT, description="**no more**")
+        assert record.status(run_id) == ("FINISHED", "**last**")
+        assert not record.is_listed(double)
 
     async def test_deleted_run__is_refused_for_ever(self, tracker: Tracker, record: Record) -> None:
         run_id = await tracker.ensure_run(new_run())

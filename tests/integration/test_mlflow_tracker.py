@@ -56,6 +56,9 @@ class MlflowRecord:
         run = self._client.get_run(run_id)
         return run.info.status, run.data.tags["mlflow.note.content"]
 
+    def params(self, run_id: str) -> Mapping[str, str]:
+        return dict(self._client.get_run(run_id).data.params)
+
     def double(self, run_id: str) -> str:
         run = self._client.get_run(run_id)
         made = self._client.create_run(run.info.experiment_id, tags={JOB_TAG: run.data.tags[JOB_TAG]})

@@ -14,7 +14,7 @@ from service.contracts.jobs import MetricPoint
 from service.db import leases, queries
 from service.db.leases import Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder, describe, flatten
-from service.dispatch.tracker import NewRun, Outcome
+from service.dispatch.tracker import NewRun, Outcome, TrackerRefusedError, TrackerUnavailableError
 from service.domain.wishes import Verb
 from service.jobs.wishes import ask
 from tests.fakes.control_plane import ControlPlane, control_plane, lease_of
@@ -61,6 +61,9 @@ class FakeRecord:
     def status(self, run_id: str) -> tuple[str, str]:
         run = self._tracker.runs[run_id]
         return str(run.outcome or "RUNNING"), run.description
+
+    def params(self, run_id: str) -> Mapping[str, str]:
+        return self._tracker.runs[run_id].params
 
     def double(self, run_id: str) -> str:
         other = f"{run_id}-{len(self._tracker.runs)}"
@@ -213,6 +216,69 @@ async def test_deleted_run__is_given_up_and_the_other_jobs_go_on(plane: ControlP
     await sender.run_once()
     assert (await plane.job(first)).mlflow_closed
     assert len(tracker.runs[f"run-{second}"].points) == 1
+
+
+def refusing(tracker: FakeTracker) -> Any:
+    """As MLflow does with a parameter that is too long: the run is there, and is not accepted."""
+    ensure = tracker.ensure_run
+
+    async def refuse(run: NewRun) -> str:
+        await ensure(run)
+        raise TrackerRefusedError("a parameter is too long")
+
+    return refuse
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_refused_run__is_not_left_running(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch, *, ended: bool
+) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    monkeypatch.setattr(tracker, "ensure_run", refusing(tracker))
+    if ended:
+        await plane.report(job_id, 1)
+        await plane.finish(job_id, 1)
+    await forwarder(plane, tracker).run_once()
+    assert tracker.runs[f"run-{job_id}"].outcome is (Outcome.FINISHED if ended else Outcome.KILLED)
+    assert "a parameter is too long" in tracker.runs[f"run-{job_id}"].description
+    assert (await plane.job(job_id)).mlflow_closed
+
+
+async def test_refused_run__is_given_up_only_once_it_is_closed(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id, tracker = await launched(plane), FakeTracker()
+    monkeypatch.setattr(tracker, "ensure_run", refusing(tracker))
+    abandon = tracker.abandon
+
+    async def away(*_: Any, **__: Any) -> None:
+        monkeypatch.setattr(tracker, "abandon", abandon)
+        raise TrackerUnavailableError("the tracker does not answer")
+
+    monkeypatch.setattr(tracker, "abandon", away)
+    sender = forwarder(plane, tracker)
+    await sender.run_once()
+    assert not (await plane.job(job_id)).mlflow_closed
+    await sender.run_once()
+    assert tracker.runs[f"run-{job_id}"].outcome is Outcome.KILLED
+    assert (await plane.job(job_id)).mlflow_closed
+
+
+async def test_many_jobs__each_gets_its_turn_however_busy_the_others_are(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.dispatch.forwarder._JOBS_A_PASS", 2)
+    done, tracker = await launched(plane), FakeTracker()
+    await plane.report(done, 1)
+    await plane.finish(done, 1)
+    busy = [await launched(plane) for _ in range(5)]
+    sender = forwarder(plane, tracker)
+    for step in range(1, 4):
+        for job_id in busy:
+            await plane.report(job_id, 1, *points(step))
+        await sender.run_once()
+    assert tracker.runs[f"run-{done}"].outcome is Outcome.FINISHED
+    assert len(tracker.runs) == 6
 
 
 async def test_database_away__ends_the_pass_at_the_first_job(
