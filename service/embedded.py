@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
+import psutil
 from pydantic import SecretStr
 
 from service.contracts.allowed import EVERYTHING
@@ -42,6 +43,7 @@ _STARTS = 5  # Ray's node gives up where two cores are shared with much else
 _POLL_S = 0.25
 _END_GRACE_S = 4.0
 _RESTART_PAUSE_S = 5.0
+_LOG_END_BYTES = 4096
 _LONGEST_TEMP_DIR = 36  # characters; Ray needs the rest of a socket address's 107
 
 
@@ -232,7 +234,12 @@ class _Embedded:
 
     def _last_lines(self, name: str) -> str:
         log = self._folder.log(name.lower())
-        lines = log.read_text(errors="replace").splitlines()[-5:]
+        try:
+            with log.open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _LOG_END_BYTES))
+                lines = file.read().decode(errors="replace").splitlines()[-5:]
+        except OSError as error:
+            lines = [str(error)]
         return "\n  ".join([f"The end of {log}:", *lines])
 
     async def _watch(self) -> None:
@@ -242,7 +249,10 @@ class _Embedded:
             for name, child in list(self._children.items()):
                 if child.process() is None and not self._stop.is_set():
                     logger.error("%s has ended; starting it again. %s", name, self._last_lines(name))
-                    await self._start_again(name)
+                    try:
+                        await self._start_again(name)
+                    except (OSError, psutil.Error):  # out of processes or memory: it may pass
+                        logger.exception("%s could not be started", name)
 
     async def _start_again(self, name: str) -> None:
         """Clear away what a dead child has left, and start another."""
