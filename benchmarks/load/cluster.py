@@ -17,7 +17,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Nodes, and one job."""
-        submission = self.path.removeprefix("/api/jobs/").removesuffix("/logs")
+        submission = self.path.removeprefix("/api/jobs/")
         if self.path.startswith("/api/v0/nodes"):
             self._answer(200, {"data": {"result": {"result": [_NODE]}}})
         elif submission in _JOBS:

@@ -41,7 +41,7 @@ class Launcher(Protocol):
         ...
 
     async def log_tail(self, submission_id: str, *, max_lines: int) -> list[str]:
-        """The last lines of its driver's output; empty when there are none."""
+        """The last lines of its driver's output, of bounded size; empty when none can be had any more."""
         ...
 
     async def capacity(self) -> Needs:

@@ -20,7 +20,8 @@ from typing import Any
 from tests.chaos.journal import FOLDER, HEAD_PID, Journal
 
 STOP_WAIT_S = 3.0
-_JOB = re.compile(r"/api/jobs/([^/?]+)(/stop|/logs)?$")
+_JOB = re.compile(r"/api/jobs/([^/?]+)(/stop)?$")
+_LOG = re.compile(r"/api/v0/logs/file\?node_id=n1&submission_id=([^&]+)&lines=(\d+)$")
 
 
 @dataclass(kw_only=True)
@@ -117,14 +118,23 @@ class Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/api/v0/nodes"):
             self._answer(200, self.head.nodes())
             return
-        name, what = self._named()
+        if asked := _LOG.search(self.path):
+            self._log(asked[1], int(asked[2]))
+            return
+        name, _ = self._named()
         job = self.head.jobs.get(name or "")
         if job is None:
             self._answer(404, {"text": f"Job {name} does not exist"})
-        elif what == "/logs":
-            self._answer(200, {"logs": job.log.read_text(errors="replace")})
         else:
-            self._answer(200, {"submission_id": name, **job.status()})
+            self._answer(200, {"submission_id": name, "driver_node_id": "n1", **job.status()})
+
+    def _log(self, name: str, num_lines: int) -> None:
+        job = self.head.jobs.get(name)
+        if job is None:
+            self._send(500, b"500: Internal Server Error", "text/plain")
+        else:
+            lines = job.log.read_bytes().splitlines(keepends=True)
+            self._send(200, b"".join(lines[-num_lines:]), "text/plain")
 
     def _submit(self, wanted: dict[str, Any]) -> None:
         name = wanted["submission_id"]
@@ -139,9 +149,11 @@ class Handler(BaseHTTPRequestHandler):
         return (found[1], found[2] or "") if found else (None, "")
 
     def _answer(self, status: int, document: dict[str, Any]) -> None:
-        body = json.dumps(document).encode()
+        self._send(status, json.dumps(document).encode(), "application/json")
+
+    def _send(self, status: int, body: bytes, media_type: str) -> None:
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", media_type)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)

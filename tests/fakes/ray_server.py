@@ -18,7 +18,8 @@ from typing import Any
 from service.dispatch.launcher import Submission
 from tests.fakes.launcher import FakeLauncher
 
-_JOB = re.compile(r"/api/jobs/(?P<id>[^/?]+)(?P<what>/stop|/logs)?")
+_JOB = re.compile(r"/api/jobs/(?P<id>[^/?]+)(?P<what>/stop)?")
+_LOG = re.compile(r"/api/v0/logs/file\?node_id=n1&submission_id=(?P<id>[^&]+)&lines=(?P<lines>\d+)")
 Answer = tuple[int, Any]
 
 
@@ -36,6 +37,8 @@ class RayServer:
                 return 200, self._nodes()
             if (method, path) == ("POST", "/api/jobs/"):
                 return self._submit(json.loads(body))
+            if match := _LOG.fullmatch(path):
+                return self._log(match["id"], int(match["lines"]))
             match = _JOB.fullmatch(path)
             assert match is not None, f"Ray has no {path}"
             return self._about(match["id"], match["what"])
@@ -50,6 +53,12 @@ class RayServer:
         )
         return 200, {"submission_id": job_id}
 
+    def _log(self, job_id: str, max_lines: int) -> Answer:
+        lines = asyncio.run(self.launcher.log_tail(job_id, max_lines=max_lines))
+        if job_id not in self.launcher.jobs:
+            return 500, "500: Internal Server Error"
+        return 200, "".join(f"{line}\n" for line in lines)
+
     def _about(self, job_id: str, what: str | None) -> Answer:
         job = asyncio.run(self.launcher.status(job_id))
         if job is None:
@@ -57,9 +66,8 @@ class RayServer:
         if what == "/stop":
             asyncio.run(self.launcher.stop(job_id))
             return 200, {"stopped": True}
-        if what == "/logs":
-            return 200, {"logs": "\n".join(asyncio.run(self.launcher.log_tail(job_id, max_lines=1000)))}
-        return 200, {"status": job.state.upper(), "message": job.message, "driver_exit_code": job.exit_code}
+        told = {"status": job.state.upper(), "message": job.message, "driver_exit_code": job.exit_code}
+        return 200, {**told, "driver_node_id": "n1"}
 
     def _nodes(self) -> dict[str, Any]:
         total = asyncio.run(self.launcher.capacity())

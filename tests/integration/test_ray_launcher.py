@@ -50,6 +50,18 @@ async def test_drivers__hold_no_cpus(ray_cluster: RayCluster) -> None:
     assert ends == [ClusterState.STOPPED] * 3
 
 
+async def test_log_tail__of_a_flood_is_short(ray_cluster: RayCluster) -> None:
+    launcher = RayLauncher(ray_cluster.url, token=ray_cluster.token)
+    job = submission("for n in range(5000): print(n)\nprint('x' * 3_000_000)\nprint('the last words')")
+    await launcher.submit(job)
+    await ended(launcher, job.id)
+    tail = await launcher.log_tail(job.id, max_lines=200)
+    few = await launcher.log_tail(job.id, max_lines=1)
+    await launcher.close()
+    assert few == [tail[-1]] == ["the last words"]
+    assert sum(map(len, tail)) < 100_000
+
+
 def test_head__listens_on_loopback_alone(ray_cluster: RayCluster) -> None:
     root = ray_cluster.child.process()
     assert root is not None

@@ -2,7 +2,8 @@
 
 import json
 import subprocess
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
 
 import httpx
 import pytest
@@ -108,6 +109,78 @@ async def test_stop__an_outage_is_told() -> None:
     await ray(answers(UNKNOWN, UNKNOWN)).stop("cim-a-1")
     with pytest.raises(LauncherUnavailableError, match="status 503"):
         await ray(answers(httpx.Response(503, text="busy"), UNKNOWN)).stop("cim-a-1")
+
+
+def driver_log(*parts: bytes) -> Handler:
+    """A log that Ray sends in these parts."""
+
+    async def body() -> AsyncIterator[bytes]:
+        for part in parts:
+            yield part
+
+    return answers_log(httpx.Response(200, content=body()))
+
+
+def answers_log(log: httpx.Response | Exception) -> Handler:
+    """A job that Ray knows, and what it says when it is asked for the log."""
+
+    def handle(request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/api/jobs/cim-a-1":
+            return httpx.Response(200, json={"status": "FAILED", "driver_node_id": "n1"})
+        assert request.url.path == "/api/v0/logs/file"
+        assert dict(request.url.params) == {"node_id": "n1", "submission_id": "cim-a-1", "lines": "3"}
+        if isinstance(log, Exception):
+            raise log
+        return log
+
+    return handle
+
+
+async def test_log_tail__is_the_last_lines() -> None:
+    log = driver_log(b"one\ntw", b"o\nthr\xc3", b"\xa9\xff\nfour\n")
+    assert await ray(log).log_tail("cim-a-1", max_lines=3) == ["two", "thr\xe9\ufffd", "four"]
+    assert await ray(driver_log()).log_tail("cim-a-1", max_lines=3) == []
+
+
+async def test_log_tail__of_a_flood_is_short_and_takes_little_memory() -> None:
+    line = b"x" * 2**20
+    log = driver_log(*[line] * 64, b"\nthe last words\n")
+    tracemalloc.start()
+    tail = await ray(log).log_tail("cim-a-1", max_lines=3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert tail[-1] == "the last words"
+    assert tail[0].startswith("[cut] xxx")
+    assert sum(map(len, tail)) <= 2**16 + len("[cut] ")
+    assert peak < 8 * 2**20
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+async def test_log_tail__what_ray_cannot_read_holds_nothing_up(status: int) -> None:
+    """Its node may be gone for good: the job must be judged without its last words."""
+    log = answers_log(httpx.Response(status, text="Agent is unavailable"))
+    assert await ray(log).log_tail("cim-a-1", max_lines=3) == []
+
+
+async def test_log_tail__of_a_job_that_is_unknown_or_has_no_node_yet_is_empty() -> None:
+    for answer in (UNKNOWN, httpx.Response(200, json={"status": "FAILED", "driver_node_id": None})):
+        assert await ray(answers(answer, answer)).log_tail("cim-a-1", max_lines=3) == []
+
+
+async def test_log_tail__cut_off_on_the_way_gives_what_came() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"one\ntwo\n"
+        raise httpx.RemoteProtocolError("peer closed connection")
+
+    launcher = ray(answers_log(httpx.Response(200, content=body())))
+    assert await launcher.log_tail("cim-a-1", max_lines=3) == ["one", "two"]
+
+
+async def test_log_tail__nobody_there_is_an_outage() -> None:
+    with pytest.raises(LauncherUnavailableError, match="refused"):
+        await ray(answers_log(httpx.ConnectError("refused"))).log_tail("cim-a-1", max_lines=3)
+    with pytest.raises(LauncherUnavailableError, match="CIM_RAY_TOKEN"):
+        await ray(answers(UNKNOWN, httpx.Response(401))).log_tail("cim-a-1", max_lines=3)
 
 
 async def test_capacity__sums_living_nodes() -> None:
