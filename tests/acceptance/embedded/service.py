@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import psutil
 
 from service.client import Client
@@ -17,6 +18,7 @@ from service.data_folder import DataFolder
 from service.processes import Record
 
 PATIENCE_S = 300
+_OF_THE_CLUSTER = "_AutoscalingCoordinatorActor"  # Ray Train's own, one a head for all jobs; it holds no CPU
 
 
 class Embedded:
@@ -43,12 +45,29 @@ class Embedded:
         ready = json.loads(line)
         self.api, self.mlflow = ready["api"], ready["mlflow"]
 
-    def descendants(self) -> list[psutil.Process]:
-        """Everything below Ray and MLflow, which are no children of a service that took them over."""
+    def descendants(self, *names: str) -> list[psutil.Process]:
+        """Everything below Ray and MLflow, or one of them: no children of a service that took them over."""
         record = Record.load(DataFolder(path=self.data_dir).record)
         assert record is not None, "the service is not running"
-        roots = [process for child in record.children if (process := child.process()) is not None]
+        children = [child for child in record.children if not names or child.name in names]
+        roots = [process for child in children if (process := child.process()) is not None]
         return [*roots, *(process for root in roots for process in root.children(recursive=True))]
+
+    def alive_in_ray(self) -> list[str]:
+        """Every actor and placement group of a job that Ray does not count as gone."""
+        record = Record.load(DataFolder(path=self.data_dir).record)
+        assert record is not None, "the service is not running"
+        headers = {"Authorization": f"Bearer {DataFolder(path=self.data_dir).ray_token.read_text()}"}
+        url = f"http://127.0.0.1:{record.facts['ray_dashboard_port']}/api/v0"
+        told = ("class_name", "name", "job_id", "creator_job_id", "state")
+        found = []
+        with httpx.Client(headers=headers, trust_env=False, timeout=30.0) as http:
+            for what, gone in (("actors", "DEAD"), ("placement_groups", "REMOVED")):
+                answer = http.get(f"{url}/{what}?detail=true&limit=10000").raise_for_status().json()
+                rows = [row for row in answer["data"]["result"]["result"] if row["state"] != gone]
+                rows = [row for row in rows if row.get("class_name") != _OF_THE_CLUSTER]
+                found += [f"{what}: " + " ".join(f"{key}={row.get(key)}" for key in told) for row in rows]
+        return found
 
     def kill(self) -> None:
         """SIGKILL the service alone; Ray and MLflow go on."""
