@@ -129,6 +129,21 @@ def test_checkpoints__half_written_ones_are_passed_over(photos: Path, tmp_path: 
     assert_equal(train_tokenizer(photos, TOKENIZER, TRAINING, checkpoints=tmp_path / "c"), whole)
 
 
+def test_checkpoints__a_torn_record_leaves_the_older_one(photos: Path, tmp_path: Path) -> None:
+    whole = train_tokenizer(photos, TOKENIZER, TRAINING)
+    every, folder = replace(TRAINING, log_every=1), tmp_path / "c"
+    with pytest.raises(Cut):
+        train_tokenizer(photos, TOKENIZER, every, checkpoints=folder, on_step=cut_at(3))  # type: ignore[arg-type]
+    (folder / "step-4").mkdir()
+    (folder / "step-4/state.json").write_text('{"format": 1, "st')
+    seen: list[int] = []
+    again = train_tokenizer(
+        photos, TOKENIZER, every, checkpoints=folder, on_step=lambda report: seen.append(report.step)
+    )
+    assert seen == [3, 4, 5]
+    assert_equal(again, whole)
+
+
 def test_checkpoints__of_another_run_are_refused(photos: Path, tmp_path: Path) -> None:
     train_tokenizer(photos, TOKENIZER, TRAINING, checkpoints=tmp_path / "c")
     other = replace(TRAINING, learning_rate=1e-3)
