@@ -123,6 +123,7 @@ class _Keeper(NoCallbacks):
         if self._folder is None:
             return
         target = self._folder / f"step-{step}"
+        self.background.wait()  # at most one copy takes room
         snapshot = take_snapshot(state, fingerprint=self.settings)
         self.background.do(lambda: self._replace(snapshot, target))
 

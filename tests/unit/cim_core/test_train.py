@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from cim_core.config import (
     TokenizerSource,
     TrainingConfig,
 )
+from cim_core.engine.background import Background
 from cim_core.engine.callbacks import StepReport
+from cim_core.engine.state import Snapshot, take_snapshot
 from cim_core.errors import CheckpointMismatchError
 from cim_core.tokenizers.fake import FakeTokenizer
 from cim_core.train import pretrain, train_tokenizer
@@ -120,6 +123,28 @@ def test_tokenizer__cut_and_called_again_ends_as_the_uncut_run(
     resumed = train_tokenizer(photos, config, every, checkpoints=tmp_path / "c")
     assert_equal(resumed, whole)
     assert not any(parameter.requires_grad for parameter in resumed.parameters())
+
+
+def test_checkpoints__there_is_one_copy_at_a_time(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+    real_wait, real_copy = Background.wait, take_snapshot
+
+    def wait(self: Background) -> None:
+        story.append("wait")
+        real_wait(self)
+
+    def copy(*args: Any, **kwargs: Any) -> Snapshot:
+        story.append("copy")
+        return real_copy(*args, **kwargs)
+
+    monkeypatch.setattr(Background, "wait", wait)
+    monkeypatch.setattr("cim_core.train.take_snapshot", copy)
+    train_tokenizer(photos, TOKENIZER, TRAINING, checkpoints=tmp_path / "c")
+    before = ["nothing", *story]
+    assert story.count("copy") == 3
+    assert [one for one, next_one in zip(before, story, strict=False) if next_one == "copy"] == ["wait"] * 3
 
 
 def test_checkpoints__half_written_ones_are_passed_over(photos: Path, tmp_path: Path) -> None:
