@@ -5,7 +5,7 @@ DATA ?=
 PYTEST_ARGS ?=
 CHAOS_ARGS ?=
 
-.PHONY: setup demo test core chaos up check bench clean
+.PHONY: setup demo test core coverage chaos up check bench clean
 setup: .venv/.ready
 
 .venv/.ready: pyproject.toml constraints.txt scripts/setup.sh
@@ -23,6 +23,10 @@ test: setup
 
 core: setup
 	@sh scripts/core_alone.sh $(PYTEST_ARGS)
+
+coverage: setup
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit/cim_core -n 2 -q --cov=cim_core --cov-branch \
+		--cov-report=term-missing:skip-covered --cov-fail-under=95 $(PYTEST_ARGS)
 
 chaos: setup
 	@$(BIN)/python -m tests.chaos $(CHAOS_ARGS)

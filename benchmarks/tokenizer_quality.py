@@ -58,7 +58,7 @@ def main() -> None:
             model = train_tokenizer(options.train, config, training, on_step=watch)
         record = {"set": text, "seconds": round(time.perf_counter() - started), "steps": options.steps}
         record |= _measure(model, unseen, options.val_images)
-        record["collapse"] = collapse(record, vocab_size=config.vocab_size)
+        record["collapse"] = collapse(record, vocab_size=config.vocab_size, quantiser=config.quantiser)
         print(json.dumps(record | ({"curve": watch.curve} if options.curve else {})), flush=True)
         if options.out:
             _keep(model, unseen, options.out / (text.replace("/", "-") or "default"))

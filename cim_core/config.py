@@ -17,6 +17,7 @@ from cim_core.rules import STRICT, Rules
 
 Scalar = bool | int | float | str
 Method = Literal["cim", "beit", "simmim", "mae"]  # of pre-training: CIM, or a peer to measure it by
+Quantiser = Literal["vq", "relaxed"]
 DALL_E = "dall-e"  # the official tokenizer, as a source
 # Of a training, free to differ between a run and its continuation: none of it moves a weight.
 FREE_ON_RESUME = frozenset(
@@ -57,7 +58,7 @@ class TokenizerConfig:
     blocks_per_group: int = 1  # 2 in DALL-E
     vocab_size: int = 512
     code_dim: int = 64  # width of a codebook entry (128 into DALL-E's decoder)
-    quantiser: Literal["vq", "relaxed"] = "vq"
+    quantiser: Quantiser = "vq"
     ema_decay: float = 0.99  # vq: decay of the codebook's moving averages
     commitment: float = 0.25  # vq: weight of the commitment loss
     restart_below: float = 0.1  # vq: a code used less than this share of an even use is re-seeded

@@ -18,7 +18,7 @@ class ModelError(ValueError):
 
 
 class NonFiniteError(ArithmeticError):
-    """A loss or gradient is not finite; raised on every rank before the weights move."""
+    """A loss or gradient is not finite, told to every rank before weights move; or a tensor to be saved."""
 
 
 class CheckpointMismatchError(ValueError):

@@ -27,7 +27,7 @@ from cim_core.engine.background import Background
 from cim_core.engine.callbacks import NoCallbacks, StepReport
 from cim_core.engine.fit import fit
 from cim_core.engine.precision import with_precision
-from cim_core.engine.state import RECORD, Snapshot, TrainState, load_state, take_snapshot
+from cim_core.engine.state import Snapshot, TrainState, is_complete, load_state, take_snapshot
 from cim_core.engine.step import Task
 from cim_core.methods import build_model
 from cim_core.optim import build_optimizer
@@ -123,6 +123,7 @@ class _Keeper(NoCallbacks):
         if self._folder is None:
             return
         target = self._folder / f"step-{step}"
+        self.background.wait()  # at most one copy takes room
         snapshot = take_snapshot(state, fingerprint=self.settings)
         self.background.do(lambda: self._replace(snapshot, target))
 
@@ -143,11 +144,11 @@ class _Keeper(NoCallbacks):
             load_state(state, kept[max(kept)], fingerprint=self.settings)
 
     def _kept(self) -> dict[int, Path]:
-        """Complete checkpoints by step: `save_state` writes its record last."""
+        """Complete checkpoints by step."""
         if self._folder is None or not self._folder.exists():
             return {}
         named = ((_STEP.fullmatch(path.name), path) for path in self._folder.iterdir())
-        return {int(name[1]): path for name, path in named if name and (path / RECORD).exists()}
+        return {int(name[1]): path for name, path in named if name and is_complete(path)}
 
 
 def _train(

@@ -15,7 +15,9 @@ from cim_core.engine.callbacks import StepReport
 from cim_core.engine.state import Snapshot, TrainState
 from service.contracts.jobs import Progress
 from workers.checkpointing import CheckpointWriter
+from workers.failures import ServiceAwayError
 from workers.rank import Rank
+from workers.reporting import Mark
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +77,8 @@ class RankCallbacks:
             return
         self.rank.say("saving a checkpoint")
         self.background.wait()
-        snapshot, metrics = self.writer.snapshot(state), dict(self.latest)
-        self.background.do(lambda: self._commit(snapshot, step=step, metrics=metrics))
+        snapshot, metrics, mark = self.writer.snapshot(state), dict(self.latest), self.rank.reporter.mark()
+        self.background.do(lambda: self._commit(snapshot, mark, step=step, metrics=metrics))
         self.rank.reporter.progress(self._progress(step))
 
     @contextmanager
@@ -103,9 +105,17 @@ class RankCallbacks:
         self.rank.reporter.check()
         return self.rank.reporter.stop_requested
 
-    def _commit(self, snapshot: Snapshot, *, step: int, metrics: Mapping[str, float]) -> None:
-        """All that was measured before the checkpoint is with the service when the checkpoint is."""
-        self.rank.reporter.flush(timeout_s=DELIVERY_S)
+    def _commit(self, snapshot: Snapshot, mark: Mark, *, step: int, metrics: Mapping[str, float]) -> None:
+        """What was measured before the checkpoint, up to `mark`, is with the service when the checkpoint is.
+
+        Raises:
+            ServiceAwayError: it is not after `DELIVERY_S`; the checkpoint is not committed.
+        """
+        if not self.rank.reporter.flush(timeout_s=DELIVERY_S, until=mark):
+            raise ServiceAwayError(
+                f"the service has not taken the metrics up to step {step} for {DELIVERY_S:.0f} s, so the "
+                "checkpoint of that step is not committed"
+            )
         self.writer.save(snapshot, step=step, metrics=metrics)
 
     @property

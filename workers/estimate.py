@@ -29,13 +29,17 @@ def answer(question: Question) -> dict[str, Any]:
 
 
 def _cost(question: Question) -> Cost:
+    training, workers, on_gpu = question.training, question.workers, question.on_gpu
     if question.pretrain is not None:
-        sizes = question.tokenizer
         return pretrain_cost(
-            question.pretrain, question.training, tokenizer=sizes, num_workers=question.workers
+            question.pretrain,
+            training,
+            tokenizer=question.tokenizer,
+            num_workers=workers,
+            on_gpu=on_gpu,
         )
     assert question.tokenizer is not None, "either a model or a tokenizer is trained"
-    return tokenizer_cost(question.tokenizer, question.training, num_workers=question.workers)
+    return tokenizer_cost(question.tokenizer, training, num_workers=workers, on_gpu=on_gpu)
 
 
 if __name__ == "__main__":

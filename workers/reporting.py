@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from service.client.errors import ApiError, StaleAttempt
@@ -31,6 +32,15 @@ class Reports(Protocol):
     def report(self, report: Report, *, patience_s: float) -> ReportReply:
         """Deliver one report, trying for `patience_s`; raises `ApiError` or its `StaleAttempt`."""
         ...
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far the queues had come at a moment."""
+
+    points: int  # queued since the start
+    files: int
+    plan: dict[str, Any] | None  # not delivered yet
 
 
 class Reporter:
@@ -55,6 +65,7 @@ class Reporter:
         self._progress = Progress()
         self._points: deque[MetricPoint] = deque()
         self._files: list[FileEntry] = []
+        self._num_points, self._num_files = 0, 0  # queued since the start
         self._plan: dict[str, Any] | None = None
         self._muted: set[str] = set()  # metrics whose non-finite values were mentioned
         self._failures, self._last_answer, self._last_life = 0, clock(), clock()
@@ -95,6 +106,7 @@ class Reporter:
         """Announce a finished artifact."""
         with self._lock:
             self._files.append(entry)
+            self._num_files += 1
 
     def plan(self, plan: dict[str, Any]) -> None:
         """Announce the durations in steps."""
@@ -155,16 +167,24 @@ class Reporter:
                 self._forget(points, files, plan)
             return True
 
-    def flush(self, *, timeout_s: float = 60.0) -> bool:
-        """Post until nothing waits; False when the service stayed away.
+    def mark(self) -> Mark:
+        """What was queued so far, for `flush`."""
+        with self._lock:
+            return Mark(self._num_points, self._num_files, self._plan)
+
+    def flush(self, *, timeout_s: float = 60.0, until: Mark | None = None) -> bool:
+        """Post until nothing waits that was queued before `until` (now); False when the service stayed away.
+
+        What is queued later is not waited for: a training that goes on always has something.
 
         Raises:
             AttemptStaleError: a newer attempt owns the job.
         """
+        until = until or self.mark()
         deadline = self._clock() + timeout_s
         while True:
             delivered = self.post()
-            if delivered and not self.waiting:
+            if delivered and self._has_passed(until):
                 return True
             if self._clock() >= deadline:
                 return False
@@ -198,12 +218,20 @@ class Reporter:
             if len(self._points) >= MAX_POINTS:
                 self._points.popleft()
             self._points.append(point)
+            self._num_points += 1
 
     @property
     def waiting(self) -> bool:
         """Whether something has not been delivered."""
         with self._lock:
             return bool(self._points or self._files or self._plan)
+
+    def _has_passed(self, mark: Mark) -> bool:
+        # The queues are in order and are given up from their front.
+        with self._lock:
+            points, files = self._num_points - len(self._points), self._num_files - len(self._files)
+            has_plan = mark.plan is None or self._plan is not mark.plan
+            return points >= mark.points and files >= mark.files and has_plan
 
     def _note_failure(self, error: ApiError) -> None:
         self._failures += 1

@@ -6,6 +6,7 @@ sampler's position are not here because they are functions of the step (cim_core
 """
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cim_core.engine.transfer import Copies
-from cim_core.errors import CheckpointMismatchError
+from cim_core.errors import CheckpointMismatchError, NonFiniteError
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
@@ -43,12 +44,24 @@ class Snapshot:
     def write(self, folder: Path) -> None:
         """Write into `folder`, made where missing; an existing state there is replaced.
 
-        Raises OSError where the folder cannot be written; what lies in it then is no valid state.
+        The record comes last and as a whole, so that a folder with one holds all (`is_complete`).
+
+        Raises:
+            NonFiniteError: a weight or buffer of the model is not finite; nothing was written.
+            OSError: the folder cannot be written; what lies in it then is no valid state.
         """
+        tensors = self.tensors.wait()
+        _check_finite(_below("model/", tensors), step=self.record["step"])
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECORD).unlink(missing_ok=True)
-        save_file(self.tensors.wait(), folder / TENSORS)
-        (folder / RECORD).write_text(json.dumps(self.record, indent=1), encoding="utf-8")
+        save_file(tensors, folder / TENSORS)
+        with (folder / TENSORS).open("rb") as file:
+            os.fsync(file.fileno())
+        with (folder / f"{RECORD}.new").open("w", encoding="utf-8") as file:
+            json.dump(self.record, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(folder / f"{RECORD}.new", folder / RECORD)
 
 
 def take_snapshot(state: TrainState, *, fingerprint: Mapping[str, Any]) -> Snapshot:
@@ -71,6 +84,15 @@ def take_snapshot(state: TrainState, *, fingerprint: Mapping[str, Any]) -> Snaps
 def save_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any]) -> None:
     """`take_snapshot` and `Snapshot.write` in one."""
     take_snapshot(state, fingerprint=fingerprint).write(folder)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a state was written into `folder` to its end; what is cut off or torn is none."""
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return False
+    return isinstance(record, dict)
 
 
 def load_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any]) -> None:
@@ -100,6 +122,17 @@ def load_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any
             target.copy_(saved[name])
     _load_optimizer(state, tensors)
     state.step = record["step"]
+
+
+def _check_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
+    """On the host: batch norm's statistics and a codebook can break although loss and gradient are finite."""
+    for name, tensor in tensors.items():
+        # The sum costs a thirtieth of the look at each number, and hides nothing; it may overflow by itself.
+        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+            raise NonFiniteError(
+                f"step {step}: {name} is not finite although the loss was; no checkpoint was made of it."
+                " Go on from the one before with a lower training.learning_rate or in fp32"
+            )
 
 
 def _model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -157,8 +157,10 @@ def _accumulate(
 ) -> dict[str, Tensor]:
     """Forward and backward over all micro-batches; metrics averaged over them, `loss` included.
 
-    Each loss is a mean over its micro-batch and all parts are equal, so the mean of the gradients is
-    the gradient of the whole batch.
+    Each part has as many images as the others, so where a loss is a mean over images the mean of the
+    gradients is the gradient of the whole batch. The loss of masked tokens is a mean over masked positions,
+    of which each image has its own number: there a part with fewer of them weighs a little more each, as it
+    does between ranks.
     """
     parts = batch.split(training.accumulation)
     step, rank = state.step, dist.rank()

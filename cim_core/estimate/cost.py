@@ -50,7 +50,12 @@ class Cost:
 
 
 def pretrain_cost(
-    model: ModelConfig, training: TrainingConfig, *, tokenizer: TokenizerConfig | None, num_workers: int = 1
+    model: ModelConfig,
+    training: TrainingConfig,
+    *,
+    tokenizer: TokenizerConfig | None,
+    num_workers: int = 1,
+    on_gpu: bool = False,
 ) -> Cost:
     """The cost of pre-training `model`.
 
@@ -60,6 +65,7 @@ def pretrain_cost(
         tokenizer: sizes of the frozen tokenizer where `model.tokenizer` does not tell them (it does for
             `dall-e` and `fake`). None: its part is left out, and the vocabulary taken to be DALL-E's.
         num_workers: processes that share the batch.
+        on_gpu: they compute there.
 
     Raises:
         ModelError, ConfigError: the model cannot be built.
@@ -81,6 +87,7 @@ def pretrain_cost(
             frozen=frozen,
             training=training,
             num_workers=num_workers,
+            on_gpu=on_gpu,
             meter=meter,
         )
     frozen_macs = sum(value for part, value in macs.items() if part.startswith("tokenizer"))
@@ -92,7 +99,9 @@ def pretrain_cost(
     )
 
 
-def tokenizer_cost(config: TokenizerConfig, training: TrainingConfig, *, num_workers: int = 1) -> Cost:
+def tokenizer_cost(
+    config: TokenizerConfig, training: TrainingConfig, *, num_workers: int = 1, on_gpu: bool = False
+) -> Cost:
     """The cost of training a tokenizer; arguments as those of `pretrain_cost`."""
     with torch.device("meta"):
         model = DiscreteVAE(config, generator=torch.Generator())
@@ -105,6 +114,7 @@ def tokenizer_cost(config: TokenizerConfig, training: TrainingConfig, *, num_wor
             frozen=None,
             training=training,
             num_workers=num_workers,
+            on_gpu=on_gpu,
             meter=meter,
         )
     # The nearest entry of a codebook is looked for without gradient.

@@ -24,7 +24,10 @@ class MemoryCost:
     gradients_bytes: int  # twice the weights with several workers, which exchange them in buckets
     optimizer_bytes: int
     activations_bytes: int  # the most that one forward pass holds, its images included
-    peak_bytes: int  # the most that is held at any moment of a step; not all of the above at once
+    snapshot_bytes: (
+        int  # rank 0's copy for a checkpoint, on the host: beside the step where that is the device
+    )
+    peak_bytes: int  # the most that the device holds at any moment; not all of the above at once
 
 
 class Output(Protocol):
@@ -46,6 +49,7 @@ def step_memory(
     frozen: object,
     training: TrainingConfig,
     num_workers: int,
+    on_gpu: bool,
     meter: MemoryMeter,
 ) -> MemoryCost:
     """The memory of steps of `model`; to be called inside the dry run that `meter` belongs to.
@@ -57,6 +61,7 @@ def step_memory(
         frozen: the tokenizer beside the model, or None.
         training: its precision is decided.
         num_workers: processes that train together.
+        on_gpu: the step is there; snapshots lie in the host's memory.
         meter: of the surrounding dry run.
     """
     weights_bytes = meter.held_bytes
@@ -69,15 +74,20 @@ def step_memory(
     optimizer.zero_grad(set_to_none=True)
     optimizer_bytes = meter.held_bytes - weights_bytes
     # This first update made the optimizer's state, which from the second step on is there all the time.
-    peak_bytes = max(passes_peak + optimizer_bytes, meter.peak_bytes)
     trained_bytes = sum(_size_bytes(p) for p in model.parameters() if p.requires_grad)
     buckets_bytes = trained_bytes if num_workers > 1 else 0
+    peak_bytes = max(passes_peak + optimizer_bytes, meter.peak_bytes)
+    snapshot_bytes = _saved_bytes(model) + optimizer_bytes
+    if not on_gpu:
+        beside = peak_bytes if training.async_checkpoints else weights_bytes + optimizer_bytes + trained_bytes
+        peak_bytes = max(peak_bytes, beside + snapshot_bytes)
     return MemoryCost(
         model_bytes=tensor_bytes(model),
         tokenizer_bytes=tensor_bytes(frozen),
         gradients_bytes=trained_bytes + buckets_bytes,
         optimizer_bytes=optimizer_bytes,
         activations_bytes=activations_peak - weights_bytes,
+        snapshot_bytes=snapshot_bytes,
         peak_bytes=peak_bytes + buckets_bytes,
     )
 
@@ -87,6 +97,12 @@ def tensor_bytes(module: object) -> int:
     if not isinstance(module, nn.Module):
         return 0
     return sum(_size_bytes(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """What a checkpoint holds of the model: each tensor once."""
+    saved = {id(tensor): tensor for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(_size_bytes(tensor) for tensor in saved.values())
 
 
 def _size_bytes(tensor: Tensor) -> int:

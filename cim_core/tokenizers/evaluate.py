@@ -11,11 +11,17 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from cim_core.config import Quantiser
 from cim_core.evaluation.ssim import WINDOW, ssim
 from cim_core.tokenizers.base import Tokenizer
 from cim_core.tokenizers.quantise import usage
 
 COLLAPSED = 0.1  # a perplexity below this share of the vocabulary
+# A fast encoder leaves the codebook of `vq` behind; the logits of `relaxed` have to outgrow the noise.
+_REMEDIES: Mapping[Quantiser, str] = {
+    "vq": "lower training.learning_rate",
+    "relaxed": "raise training.learning_rate or model.kl_weight",
+}
 MAX_ROWS = 8
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor
 TITLES = ("original", "reconstruction")
@@ -62,7 +68,7 @@ def evaluate_tokenizer(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> Itera
     yield from ((name, value.item()) for name, value in usage(counts_V.double()).items())
 
 
-def collapse(metrics: Mapping[str, float], *, vocab_size: int) -> str | None:
+def collapse(metrics: Mapping[str, float], *, vocab_size: int, quantiser: Quantiser) -> str | None:
     """What is wrong with a codebook of which hardly anything is used; None where it is sound.
 
     `metrics` holds `perplexity` and `codes_used`, as from `evaluate_tokenizer`, over many more tokens
@@ -74,7 +80,7 @@ def collapse(metrics: Mapping[str, float], *, vocab_size: int) -> str | None:
     return (
         f"the codebook has collapsed: its {vocab_size} codes are used like {perplexity:.1f} even ones "
         f"(below {bar:.0f}; {metrics['codes_used']:.0%} occur at all), so tokens say little. Train "
-        "longer, lower training.learning_rate, give a smaller model.vocab_size or more varied images"
+        f"longer, {_REMEDIES[quantiser]}, give a smaller model.vocab_size or more varied images"
     )
 
 

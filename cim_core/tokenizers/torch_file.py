@@ -32,6 +32,7 @@ from cim_core.tokenizers.inert_pickle import (
 
 FLOATS, FLOAT_BYTES = "torch.FloatStorage", 4
 PARAMETER, TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_tensor_v2"
+COUNT_LIMIT = 2**63  # torch's integers
 FUNCTIONS = frozenset({ORDERED_DICT, "__builtin__.set", "builtins.set", "torch.device", PARAMETER, TENSOR})
 
 ZIP_START = b"PK\x03\x04"
@@ -210,7 +211,8 @@ def _arguments(value: object, function: str, *, number: int) -> tuple[object, ..
 def _counts(values: object) -> tuple[int, ...]:
     if not isinstance(values, tuple):
         raise RefusedPickleError(f"it has {shown(values)} where sizes must stand")
-    counts = tuple(value for value in values if isinstance(value, int) and value >= 0)
+    # A stride in a dimension of size 1 reaches nothing, so no bound of a storage catches it.
+    counts = tuple(value for value in values if isinstance(value, int) and 0 <= value < COUNT_LIMIT)
     if len(counts) != len(values):
         raise RefusedPickleError("its offset, sizes or strides are no counts")
     return counts

@@ -40,6 +40,9 @@ def _cost_lines(cost: Cost, estimate: Estimate) -> Iterator[str]:
     memory = cost.memory_per_worker
     parts = memory.model_dump()
     peak = size(parts.pop("peak_bytes"))
+    beside = ""
+    if estimate.gpus and memory.snapshot_bytes:
+        beside = f"; in the host's memory a checkpoint's copy of {size(parts.pop('snapshot_bytes'))}"
     shown = ", ".join(
         f"{name.removesuffix('_bytes')} {size(value)}" for name, value in parts.items() if value
     )
@@ -47,7 +50,7 @@ def _cost_lines(cost: Cost, estimate: Estimate) -> Iterator[str]:
     yield f"MACs of an image, forward: {_shares(cost.macs_per_image)}"
     yield f"MACs of an image, in a training step: {short(cost.macs_per_training_image)}"
     at = f"{estimate.images_per_pass} images a pass, {estimate.precision}"
-    yield f"memory of a worker: {peak} at most, at {at}; {shown}"
+    yield f"memory of a worker: {peak} at most, at {at}; {shown}{beside}"
 
 
 def _shares(parts: Mapping[str, int]) -> str:

@@ -16,6 +16,7 @@ class Question(Stored):
     tokenizer: TokenizerConfig | None  # frozen beside the model; None: its sizes are unknown, or official
     training: TrainingConfig  # its precision is decided
     workers: int
+    on_gpu: bool = False
 
 
 class MemoryCost(Stored):
@@ -26,7 +27,12 @@ class MemoryCost(Stored):
     gradients_bytes: int = Field(description="Twice the weights with several workers, which exchange them.")
     optimizer_bytes: int
     activations_bytes: int = Field(description="The most that a forward pass holds, its images included.")
-    peak_bytes: int = Field(description="The most that is held at any moment of a step.")
+    snapshot_bytes: int = Field(
+        default=0,
+        description="The first worker's copy for the checkpoint that is being written, in the host's memory:"
+        " part of the peak on CPUs, beside it on GPUs.",
+    )
+    peak_bytes: int = Field(description="The most that the device holds at any moment.")
 
 
 class Cost(Stored):

@@ -106,14 +106,16 @@ def _question(asked: Asked) -> Question:
         batch_size=spec.training.batch_size,
         accumulation=spec.training.accumulation,
         clip_norm=spec.training.clip_norm,
+        async_checkpoints=spec.training.async_checkpoints,
         precision=spec.training.precision or _precision(spec.resources),
     )
-    if isinstance(spec, PretrainSpec):
-        sizes = asked.tokenizer
-        return Question(
-            pretrain=spec.model, tokenizer=sizes, training=training, workers=spec.resources.workers
-        )
-    return Question(pretrain=None, tokenizer=spec.model, training=training, workers=spec.resources.workers)
+    return Question(
+        pretrain=spec.model if isinstance(spec, PretrainSpec) else None,
+        tokenizer=asked.tokenizer if isinstance(spec, PretrainSpec) else spec.model,
+        training=training,
+        workers=spec.resources.workers,
+        on_gpu=spec.resources.gpus_per_worker > 0,
+    )
 
 
 def _precision(resources: Resources) -> Literal["bf16", "fp32"]:

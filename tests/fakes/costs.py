@@ -21,6 +21,7 @@ COST = Cost(
         gradients_bytes=115_000_000,
         optimizer_bytes=230_000_000,
         activations_bytes=6_761_352_000,
+        snapshot_bytes=345_000_000,
         peak_bytes=7_493_625_000,
     ),
 )

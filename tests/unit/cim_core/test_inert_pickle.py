@@ -249,6 +249,9 @@ def test_parameter__is_the_view_that_torch_would_make(
         (Storage(9), -1, (2,), (1,), "no counts"),
         (Storage(9), 0, (2,), (-1,), "no counts"),
         (Storage(9), 0, (2.0,), (1,), "no counts"),
+        (Storage(9), 0, (1,), (2**70,), "no counts"),  # never stepped over, and beyond what torch can hold
+        (Storage(9), 0, (9, 1), (1, 2**63), "no counts"),
+        (Storage(2**70), 2**63, (1,), (1,), "no counts"),
         (Storage(9), 0, [9], (1,), "list where sizes must stand"),
         (Storage(9), 0, (9,), (1, 1), "not those of a tensor"),
         (Storage(9), 0, (0,), (1,), "not those of a tensor"),

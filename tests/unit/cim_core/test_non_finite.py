@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cim_core.config import Duration
@@ -136,6 +137,35 @@ def test_fit__nan_found_late_leaves_the_steps_before_it(images: Path, tmp_path: 
     run(images, tmp_path / "good", model=good, task=TinyTask(good), config=config, stop_at=3)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, good.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("at", [6, 10], ids=["at_a_checkpoint", "at_the_end"])
+@pytest.mark.parametrize("at_hand", [False, True], ids=["late", "at_once"])
+def test_fit__nan_in_the_step_of_a_checkpoint_is_never_saved(
+    at: int,
+    at_hand: bool,  # noqa: FBT001
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No checkpoint is asked for, and the weights are those before the step."""
+    monkeypatch.setattr(Readback, "at_hand", at_hand)
+    model, config = TinyNet(), training(fused_optimizer=True)
+    task = BreaksAfter(model, good_steps=at - 1)
+    with pytest.raises(NonFiniteError, match=f"step {at - 1}: the loss is not finite"):
+        run(
+            images, tmp_path / "bad", model=model, task=task, config=config,
+            checkpoint_steps=frozenset({at, 10}),
+        )  # fmt: skip
+    assert not (tmp_path / "bad").exists()
+    good = TinyNet()
+    run(
+        images, tmp_path, model=good, task=TinyTask(good), config=config, stop_at=at - 1,
+        checkpoint_steps=frozenset({at - 1}),
+    )  # fmt: skip
+    saved = load_file(tmp_path / f"step-{at - 1}" / "state.safetensors")
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, saved[f"model/{name}"]), name
 
 
 class BreaksAfter(TinyTask):

@@ -86,6 +86,11 @@ def features_of_stage_three(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Enhancer, "forward", forward)
 
 
+def features_that_weigh_nothing(patch: pytest.MonkeyPatch) -> None:
+    real = Enhancer.forward
+    patch.setattr(Enhancer, "forward", lambda self, images_B3HW: 0 * real(self, images_B3HW))
+
+
 def schedule_never_stepped(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(step_module, "set_learning_rate", lambda state, training, plan: training.learning_rate)
 
@@ -105,6 +110,7 @@ FAULTS: dict[Plant, Callable[[], None]] = {
     labels_are_mask_bits: checks.lucky_samples_count_as_golden,
     tiny_variance_floor: checks.flat_areas_have_calm_targets,
     features_of_stage_three: checks.last_stage_of_a_cnn_learns,
+    features_that_weigh_nothing: checks.last_stage_of_a_cnn_learns,
     schedule_never_stepped: checks.learning_rate_follows_the_schedule,
     fake_that_does_not_say_so: checks.a_fake_tokenizer_has_to_be_asked_for,
 }

@@ -1,4 +1,7 @@
 import json
+import math
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cim_core.config import TrainingConfig
-from cim_core.engine.state import TrainState, load_state, save_state
-from cim_core.errors import CheckpointMismatchError
+from cim_core.engine.state import TrainState, is_complete, load_state, save_state, take_snapshot
+from cim_core.errors import CheckpointMismatchError, NonFiniteError
 from cim_core.optim import build_optimizer
 
 FINGERPRINT = {"model": {"depth": 2, "sizes": [8, 16]}, "seed": 0}
@@ -139,6 +142,84 @@ def test_save__memory_in_another_order_and_parts_of_one_memory(tmp_path: Path) -
     again.model.load_state_dict({name: x.clone().zero_() for name, x in again.model.state_dict().items()})
     load_state(again, tmp_path, fingerprint={})
     assert torch.equal(again.model.get_buffer("turned"), torch.arange(6.0).view(2, 3).t())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["a.bias", "mean"])
+def test_write__refuses_what_is_not_finite_and_leaves_the_folder(
+    saved: Path, name: str, value: float
+) -> None:
+    state = new_state()
+    state.model.register_buffer("mean", torch.zeros(2, 2))
+    with torch.no_grad():
+        state.model.state_dict()[name].flatten()[-1] = value
+    before = {file.name: file.read_bytes() for file in saved.iterdir()}
+    snapshot = take_snapshot(state, fingerprint=FINGERPRINT)
+    with pytest.raises(NonFiniteError, match=rf"^step 0: {re.escape(name)} is not finite"):
+        snapshot.write(saved)
+    assert {file.name: file.read_bytes() for file in saved.iterdir()} == before
+
+
+def test_write__a_sum_beyond_float32_is_finite(tmp_path: Path) -> None:
+    state = new_state()
+    with torch.no_grad():
+        state.model.get_parameter("idle").fill_(3e38)
+    save_state(state, tmp_path, fingerprint={})
+    load_state(new_state(), tmp_path, fingerprint={})
+
+
+def test_write__the_record_appears_as_a_whole_or_not_at_all(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plug is pulled before the record is on the disk: nothing there passes for a state."""
+    assert is_complete(saved)
+
+    def pulled(number: int) -> None:
+        raise OSError("the plug is pulled")
+
+    monkeypatch.setattr(os, "fsync", pulled)
+    with pytest.raises(OSError, match="the plug"):
+        save_state(trained_state(), saved, fingerprint=FINGERPRINT)
+    assert not (saved / "state.json").exists()
+    assert not is_complete(saved)
+    monkeypatch.undo()
+    save_state(trained_state(), saved, fingerprint=FINGERPRINT)
+    assert sorted(file.name for file in saved.iterdir()) == ["state.json", "state.safetensors"]
+    load_state(new_state(), saved, fingerprint=FINGERPRINT)
+
+
+def test_write__what_is_replaced_into_place_was_flushed_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+    flush, replace = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        files = {file.stat().st_ino: file.name for file in (tmp_path / "c").iterdir()}
+        story.append(files[os.fstat(number).st_ino])
+        flush(number)
+
+    def move(old: Path, new: Path) -> None:
+        story.append(f"{Path(old).name} to {Path(new).name}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    save_state(new_state(), tmp_path / "c", fingerprint={})
+    assert story == ["state.safetensors", "state.json.new", "state.json.new to state.json"]
+
+
+def test_complete__one_of_another_format_is_refused_and_not_passed_over(saved: Path) -> None:
+    edit(saved, format=99)
+    assert is_complete(saved)
+
+
+@pytest.mark.parametrize("text", [None, "", '{"format": 1', "[]", '"state"'])
+def test_complete__a_torn_record_is_none(saved: Path, text: str | None) -> None:
+    (saved / "state.json").unlink()
+    if text is not None:
+        (saved / "state.json").write_text(text)
+    assert not is_complete(saved)
 
 
 def test_load__fingerprint_differs_key_by_key(saved: Path) -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from cim_core.config import (
     TokenizerSource,
     TrainingConfig,
 )
+from cim_core.engine.background import Background
 from cim_core.engine.callbacks import StepReport
+from cim_core.engine.state import Snapshot, take_snapshot
 from cim_core.errors import CheckpointMismatchError
 from cim_core.tokenizers.fake import FakeTokenizer
 from cim_core.train import pretrain, train_tokenizer
@@ -122,11 +125,48 @@ def test_tokenizer__cut_and_called_again_ends_as_the_uncut_run(
     assert not any(parameter.requires_grad for parameter in resumed.parameters())
 
 
+def test_checkpoints__there_is_one_copy_at_a_time(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    story: list[str] = []
+    real_wait, real_copy = Background.wait, take_snapshot
+
+    def wait(self: Background) -> None:
+        story.append("wait")
+        real_wait(self)
+
+    def copy(*args: Any, **kwargs: Any) -> Snapshot:
+        story.append("copy")
+        return real_copy(*args, **kwargs)
+
+    monkeypatch.setattr(Background, "wait", wait)
+    monkeypatch.setattr("cim_core.train.take_snapshot", copy)
+    train_tokenizer(photos, TOKENIZER, TRAINING, checkpoints=tmp_path / "c")
+    before = ["nothing", *story]
+    assert story.count("copy") == 3
+    assert [one for one, next_one in zip(before, story, strict=False) if next_one == "copy"] == ["wait"] * 3
+
+
 def test_checkpoints__half_written_ones_are_passed_over(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "c/step-4").mkdir(parents=True)
     (tmp_path / "c/step-4/state.safetensors").write_bytes(b"half")
     whole = train_tokenizer(photos, TOKENIZER, TRAINING)
     assert_equal(train_tokenizer(photos, TOKENIZER, TRAINING, checkpoints=tmp_path / "c"), whole)
+
+
+def test_checkpoints__a_torn_record_leaves_the_older_one(photos: Path, tmp_path: Path) -> None:
+    whole = train_tokenizer(photos, TOKENIZER, TRAINING)
+    every, folder = replace(TRAINING, log_every=1), tmp_path / "c"
+    with pytest.raises(Cut):
+        train_tokenizer(photos, TOKENIZER, every, checkpoints=folder, on_step=cut_at(3))  # type: ignore[arg-type]
+    (folder / "step-4").mkdir()
+    (folder / "step-4/state.json").write_text('{"format": 1, "st')
+    seen: list[int] = []
+    again = train_tokenizer(
+        photos, TOKENIZER, every, checkpoints=folder, on_step=lambda report: seen.append(report.step)
+    )
+    assert seen == [3, 4, 5]
+    assert_equal(again, whole)
 
 
 def test_checkpoints__of_another_run_are_refused(photos: Path, tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ generator, noise from a passed generator, a shared parameter, and one that never
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import torch
@@ -19,9 +20,10 @@ from cim_core.data.index import scan
 from cim_core.data.loading import ImageLoader
 from cim_core.durations import plan
 from cim_core.engine import dist
+from cim_core.engine.background import Background
 from cim_core.engine.callbacks import NoCallbacks, StepReport
 from cim_core.engine.fit import FitResult, fit
-from cim_core.engine.state import TrainState, load_state, save_state
+from cim_core.engine.state import TrainState, load_state, save_state, take_snapshot
 from cim_core.engine.step import NoSync, Task, TaskOutput
 from cim_core.optim import build_optimizer
 from cim_core.seeding import generator_for
@@ -138,6 +140,32 @@ class Recorder(NoCallbacks):
         return self.asked == self.stop_at
 
 
+class Delayed(Recorder):
+    """Copies at each checkpoint, and writes the copy only when the next one is due or training is over."""
+
+    def __init__(self, folder: Path, *, stop_at: int | None = None) -> None:
+        super().__init__(folder, stop_at=stop_at)
+        self.background, self.due = Background(), Event()
+
+    def on_checkpoint(self, state: TrainState, step: int) -> None:
+        self.calls.append(("checkpoint", step))
+        if dist.rank() == 0:
+            self.write()
+            self.due = due = Event()
+            snapshot = take_snapshot(state, fingerprint=FINGERPRINT)
+
+            def write() -> None:
+                assert due.wait(timeout=60)
+                snapshot.write(self.folder / f"step-{step}")
+
+            self.background.do(write)
+
+    def write(self) -> None:
+        """Let the copy under way be written, and wait for it."""
+        self.due.set()
+        self.background.wait()
+
+
 @dataclass(frozen=True)
 class Run:
     result: FitResult
@@ -157,8 +185,13 @@ def run(
     resume: Path | None = None,
     stop_at: int | None = None,
     no_sync: NoSync | None = None,
+    checkpoint_steps: frozenset[int] | None = None,
+    recorder_type: type[Recorder] = Recorder,
 ) -> Run:
-    """Train on this rank; checkpoints go below `out`, `resume` is the checkpoint to begin from."""
+    """Train on this rank; checkpoints go below `out`, `resume` is the checkpoint to begin from.
+
+    `checkpoint_steps` stand for those of the plan.
+    """
     dataset = ImageDataset(scan(images), views or ViewConfig(image_size=8, seed=config.seed))
     loader = ImageLoader(
         dataset,
@@ -170,11 +203,16 @@ def run(
     state = TrainState(model=model, optimizer=build_optimizer(model, config))
     if resume is not None:
         load_state(state, resume, fingerprint=FINGERPRINT)
-    recorder, watched = Recorder(out, stop_at=stop_at), Watched(task)
-    course = plan(config, num_images=len(dataset))
+    recorder = recorder_type(out, stop_at=stop_at)
+    watched, course = Watched(task), plan(config, num_images=len(dataset))
+    if checkpoint_steps is not None:
+        course = replace(course, checkpoint_steps=checkpoint_steps)
     result = fit(
         watched, state, loader, course, config, callbacks=recorder, device=CPU, no_sync=no_sync
     )  # fmt: skip
+    if isinstance(recorder, Delayed):
+        recorder.write()
+        recorder.background.close()
     return Run(result, state, recorder, watched.seen)
 
 

@@ -34,9 +34,12 @@ def test_lines__in_units_of_people() -> None:
         "MACs of an image, in a training step: 75.1 G",
         (
             "memory of a worker: 7.0 GiB at most, at 64 images a pass, bf16; model 109.7 MiB, tokenizer "
-            "372.4 MiB, gradients 109.7 MiB, optimizer 219.3 MiB, activations 6.3 GiB"
+            "372.4 MiB, gradients 109.7 MiB, optimizer 219.3 MiB, activations 6.3 GiB; in the host's "
+            "memory a checkpoint's copy of 329.0 MiB"
         ),
     ]
+    on_cpus = list(estimate_lines(estimate.model_copy(update={"gpus": 0})))
+    assert on_cpus[-1].endswith("optimizer 219.3 MiB, activations 6.3 GiB, snapshot 329.0 MiB")
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ async def test_question__holds_what_the_cost_depends_on(
     given = {**spec, "training": {"epochs": 9, "batch_size": 4, "precision": "bf16"}}
     await ask(world, given)
     assert world.costs.questions[2].training.precision == "bf16"
+    assert {question.on_gpu for question in world.costs.questions} == {bool(resources)}
 
 
 async def test_question__the_tokenizer_is_that_of_the_job_which_is_named(world: World) -> None:

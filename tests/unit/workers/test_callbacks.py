@@ -11,14 +11,15 @@ from torch import nn
 from cim_core.durations import Plan
 from cim_core.engine.callbacks import StepReport
 from cim_core.engine.state import TrainState
-from service.client.errors import StaleAttempt
+from service.client.errors import StaleAttempt, UnreachableError
 from service.client.work import WorkClient
-from service.contracts.work import Assignment, Checkpoint, StoreAddress
+from service.contracts.jobs import FailureKind
+from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, StoreAddress
 from tests.fakes.work_client import FakeWork
 from workers.attempt import Attempt, Work
-from workers.callbacks import RankCallbacks
+from workers.callbacks import DELIVERY_S, RankCallbacks
 from workers.checkpointing import CheckpointWriter, fetch, restore
-from workers.failures import AttemptStaleError
+from workers.failures import AttemptStaleError, ServiceAwayError, classify
 from workers.rank import Rank
 from workers.reporting import Reporter
 from workers.settings import WorkerSettings
@@ -39,7 +40,9 @@ def work() -> FakeWork:
     return FakeWork()
 
 
-def callbacks_of(tmp_path: Path, work: FakeWork, *, number: int = 0) -> RankCallbacks:
+def callbacks_of(
+    tmp_path: Path, work: FakeWork, *, number: int = 0, reporter: Reporter | None = None
+) -> RankCallbacks:
     spec = {"kind": "tokenizer", "name": "t", "data": {"uri": "/x"}, "training": {"steps": 20}}
     address = StoreAddress(url=str(tmp_path))
     assignment = Assignment(job_id="ab", attempt=1, spec=spec, inputs={}, store=address)
@@ -52,7 +55,7 @@ def callbacks_of(tmp_path: Path, work: FakeWork, *, number: int = 0) -> RankCall
         device=torch.device("cpu"),
         store=store,
         service=cast(WorkClient, work),
-        reporter=Reporter(work),
+        reporter=reporter or Reporter(work),
         files=[],
     )
     return RankCallbacks(
@@ -173,6 +176,50 @@ def test_on_checkpoint__training_goes_on_and_what_is_stored_is_what_was(tmp_path
     folder = fetch(checkpoint, callbacks.rank.store, tmp_path / "cache")
     restore(restored, folder, fingerprint={})
     assert (restored.step, restored.model.get_parameter("weight").item()) == (10, 10.0)
+
+
+def test_on_checkpoint__is_committed_while_training_goes_on_reporting(tmp_path: Path) -> None:
+    """Only what was measured before the checkpoint is waited for; each report here finds new points."""
+
+    class Training(FakeWork):
+        reports_before = 0
+
+        def report(self, report: Report, *, patience_s: float = 0) -> ReportReply:
+            if len(self.reports) < 20:
+                callbacks.on_step(step_report(11 + len(self.reports)))
+            return super().report(report, patience_s=patience_s)
+
+        def commit_checkpoint(self, checkpoint: Checkpoint) -> None:
+            self.reports_before = len(self.reports)
+            super().commit_checkpoint(checkpoint)
+
+    work = Training()
+    callbacks = callbacks_of(tmp_path, work)
+    callbacks.on_step(step_report(10))
+    with callbacks.finishing():
+        callbacks.on_checkpoint(trained_state(10), 10)
+    assert work.metric("loss")[10] == 1.0
+    assert (work.reports_before, len(work.checkpoints)) == (1, 1)
+
+
+def test_on_checkpoint__is_not_committed_where_its_metrics_are_not_delivered(tmp_path: Path) -> None:
+    """The attempt ends in a way that is retried: from the checkpoint before."""
+    now = 0.0
+
+    class Deaf(FakeWork):
+        def report(self, report: Report, *, patience_s: float = 0) -> ReportReply:
+            nonlocal now
+            now += DELIVERY_S / 2
+            raise UnreachableError("the service takes no reports")
+
+    work = Deaf()
+    reporter = Reporter(work, every_s=0, clock=lambda: now)
+    callbacks = callbacks_of(tmp_path, work, reporter=reporter)
+    callbacks.on_step(step_report(10))
+    with pytest.raises(ServiceAwayError, match="step 10") as caught, callbacks.finishing():
+        callbacks.on_checkpoint(trained_state(10), 10)
+    assert work.checkpoints == []
+    assert classify(caught.value, store_url="s3://x").kind == FailureKind.INFRASTRUCTURE
 
 
 def test_on_checkpoint__commits_are_in_order(tmp_path: Path, work: FakeWork) -> None:

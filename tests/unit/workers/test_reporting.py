@@ -2,13 +2,14 @@ import math
 
 import pytest
 
-from service.client.errors import ApiError
+from service.client.errors import ApiError, UnreachableError
 from service.contracts.jobs import FileEntry, Progress
 from service.contracts.problems import Problem
 from service.contracts.work import Report, ReportReply
 from tests.fakes.work_client import FakeWork
+from workers import reporting
 from workers.failures import AttemptStaleError, ServiceAwayError
-from workers.reporting import MAX_POINTS, Reporter, insistently
+from workers.reporting import MAX_POINTS, POINTS_A_REPORT, Reporter, insistently
 
 
 class Clock:
@@ -78,6 +79,70 @@ def test_metrics__the_oldest_points_are_given_up_first(reporter: Reporter, work:
     assert reporter.flush()
     assert min(work.metric("loss")) == 3
     assert len(work.metric("loss")) == MAX_POINTS
+
+
+class Training(FakeWork):
+    """A training that is never silent: each report finds new points behind it. Ends after 20 of them."""
+
+    reporter: Reporter
+
+    def report(self, report: Report, *, patience_s: float = 0) -> ReportReply:
+        if len(self.reports) < 20:
+            self.reporter.metrics(100 + len(self.reports), {"loss": 1.0})
+        return super().report(report, patience_s=patience_s)
+
+
+def test_flush__waits_for_what_was_queued_before_it_alone(clock: Clock) -> None:
+    work = Training()
+    work.reporter = reporter = Reporter(work, clock=clock)
+    reporter.metrics(1, {"loss": 1.0})
+    reporter.file(FileEntry(path="a", size=1, sha256="0" * 64))
+    mark = reporter.mark()
+    reporter.metrics(2, {"loss": 1.0})
+    assert reporter.flush(until=mark)
+    assert len(work.reports) == 1
+    assert reporter.waiting, "what came later"
+    assert reporter.flush()
+    assert sorted(work.metric("loss")) == [1, 2, 100], "the last was queued during the first flush"
+
+
+def test_flush__more_points_than_a_report_holds(reporter: Reporter, work: FakeWork) -> None:
+    for step in range(POINTS_A_REPORT + 1):
+        reporter.metrics(step, {"loss": 1.0})
+    mark = reporter.mark()
+    assert reporter.flush(until=mark)
+    assert len(work.metric("loss")) == POINTS_A_REPORT + 1
+
+
+def test_flush__waits_for_a_plan_and_for_no_point_that_was_given_up(
+    reporter: Reporter, work: FakeWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reporting, "MAX_POINTS", 3)
+    reporter.metrics(0, {"loss": 1.0})
+    mark = reporter.mark()
+    for step in (1, 2, 3):
+        reporter.metrics(step, {"loss": 1.0})
+    assert reporter.flush(until=mark)
+    assert sorted(work.metric("loss")) == [1, 2, 3]
+    reporter.plan({"total_steps": 10})
+    mark = reporter.mark()
+    work.away = True
+    assert not reporter.flush(timeout_s=0, until=mark)
+    work.away = False
+    assert reporter.flush(until=mark)
+    assert work.reports[-1].plan == {"total_steps": 10}
+
+
+def test_flush__says_that_the_service_stayed_away(work: FakeWork, clock: Clock) -> None:
+    class Away(FakeWork):
+        def report(self, report: Report, *, patience_s: float = 0) -> ReportReply:
+            clock.now += 300
+            raise UnreachableError("the service is away")
+
+    reporter = Reporter(Away(), every_s=0, clock=clock)
+    reporter.metrics(1, {"loss": 1.0})
+    assert not reporter.flush(timeout_s=900)
+    assert clock.now == 900
 
 
 def test_post__a_report_that_is_refused_for_good_does_not_block_the_next(
