@@ -204,7 +204,7 @@ class Training:
     def _report(self, *, patience_s: float) -> None:
         points, files = self.points[:1000], list(self.fresh)
         progress = Progress(step=self.step, total_steps=self.total_steps, message="training")
-        plan = None if self.planned else {"total_steps": self.total_steps}
+        plan: dict[str, Any] | None = None if self.planned else {"total_steps": self.total_steps}
         report = Report(progress=progress, metrics=points, files=files, plan=plan)
         self.reported_at = time.monotonic()
         try:
