@@ -58,7 +58,7 @@ _ATTEMPTS = (
 )
 # When the stops under way began, whoever asked for them.
 _STOPS = (
-    select(EventRow.job_id, func.max(EventRow.at))
+    select(EventRow.job_id, func.max(EventRow.at).label("at"))
     .join(JobRow, JobRow.id == EventRow.job_id)
     .where(JobRow.state == JobState.STOPPING, EventRow.dst == JobState.STOPPING)
     .group_by(EventRow.job_id)
@@ -110,7 +110,7 @@ async def open_jobs(sessions: Sessions, *, now: datetime, most_queued: int | Non
         await only_reads(session)
         queue = [row async for part in _in_parts(session, _QUEUE.limit(most_queued)) for row in part]
         busy = {row.id: row async for part in _in_parts(session, _BUSY_JOBS) for row in part}
-        stops = dict((await session.execute(_STOPS)).tuples().all())
+        stops = {row.job_id: row.at for row in await session.execute(_STOPS)}
         queued = [row for row in queue if row.id not in busy]  # one may have moved in between
         rows = [*queued, *busy.values()]
         attempts = await _attempts(session, again=[row.id for row in queued if row.attempt])
