@@ -64,9 +64,9 @@ class AttemptClaimedError(ServiceError):
 
 
 class BrokenManifestError(ServiceError):
-    """A manifest names a file that the object store does not hold in that size."""
+    """A manifest names a file that the object store does not hold with that checksum, or lacks one."""
 
-    code, status, title = "broken_manifest", 409, "A file of the manifest is missing"
+    code, status, title = "broken_manifest", 409, "A file of the manifest is missing or damaged"
 
 
 class ConflictError(ServiceError):

@@ -57,8 +57,8 @@ class Settings(Storage):
     garbage_every_s: Seconds = 60.0  # checkpoints beyond the retention take room until the next pass
     lease_s: Seconds = 8.0  # from the death of a dispatcher until another one takes its tasks over
     start_deadline_s: Seconds = 600.0  # from launch to the worker's first report
-    stall_after_s: Seconds = 600.0  # without a report while Ray says that the job runs
-    stop_grace_s: Seconds = 20.0  # from the wish to stop until Ray is asked to end the job
+    stall_after_s: Seconds = 600.0  # without a report; and of a stop while Ray does not answer
+    stop_grace_s: Seconds = 20.0  # from the beginning of a stop until Ray is asked to end the job
     lost_grace_s: Seconds = 5.0  # from Ray's word that a job ended until we call its attempt failed
     retry_first_s: Seconds = 5.0
     retry_longest_s: Seconds = 300.0

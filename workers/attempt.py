@@ -1,8 +1,8 @@
 """What one attempt is: its settings and assignment, and the work that every rank receives."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
@@ -91,6 +91,11 @@ class Work:
     plan: Plan | None  # None: nothing is trained
     tokenizer: str | None = None  # of source dall-e: key prefix of its folder in the object store
     files: list[FileEntry] = field(default_factory=list)  # stored so far
+
+
+def plan_document(resolved: Plan) -> dict[str, Any]:
+    """The plan as plain values."""
+    return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(resolved).items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from cim_core.errors import DataError
 from cim_core.seeding import generator_for
 from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
-from workers.attempt import AnySpec, Attempt, Work
+from workers.attempt import AnySpec, Attempt, Work, plan_document
 from workers.rank import Rank
 from workers.reporting import Reporter
 from workers.results import put_json, spec_document
@@ -142,11 +142,6 @@ def digest(index: Index) -> str:
     """SHA-256 over names and sizes of all images in their order, wherever they lie."""
     names = [[entry.name, entry.size_bytes, entry.width, entry.height] for entry in index.entries]
     return hashlib.sha256(json.dumps(names).encode()).hexdigest()
-
-
-def plan_document(resolved: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(resolved).items()}
 
 
 def _read(attempt: Attempt, store: JobStore, uri: str, *, reporter: Reporter) -> Index:

@@ -14,7 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from cim_core.config import DALL_E
-from service.client.errors import ApiError, StaleAttempt
+from service.client.errors import ApiError, BrokenManifestError, StaleAttempt
 from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, Progress
 from service.contracts.specs import PretrainSpec
@@ -67,7 +67,7 @@ def run(settings: WorkerSettings) -> ExitCode:
         finish = _attempt(settings, assignment, service)
         if finish is None:
             return ExitCode.STALE
-        insistently(lambda: service.finish(finish))
+        finish = _told(service, finish, store_url=assignment.store.url)
     except StaleAttempt:
         log.warning("a newer attempt owns this job, or it is final: nothing more is written")
         return ExitCode.STALE
@@ -91,6 +91,19 @@ def _attempt(settings: WorkerSettings, assignment: Assignment, service: WorkClie
     if finish is not None and _is_last(finish):
         _send_left_lines(attempt, desk.store, patient=True)
         discard(attempt.cache)
+    return finish
+
+
+def _told(service: WorkClient, finish: Finish, *, store_url: str) -> Finish:
+    """Tell how it ended, and return that: a success whose files the service does not find is none."""
+    try:
+        insistently(lambda: service.finish(finish))
+    except BrokenManifestError as error:
+        log.exception("the service does not find what this attempt stored")
+        failure = classify(error, store_url=store_url)
+        failed = Finish(outcome="failed", step=finish.step, failure=failure)
+        insistently(lambda: service.finish(failed))
+        return failed
     return finish
 
 

@@ -13,7 +13,7 @@ import torch
 from ray.train import ControllerError, PreemptionError, WorkerGroupError
 
 from cim_core.errors import CheckpointMismatchError, ConfigError, DataError, ModelError, NonFiniteError
-from service.client.errors import StaleAttempt
+from service.client.errors import BrokenManifestError, StaleAttempt
 from service.contracts.jobs import FailureKind
 from service.contracts.work import Failure
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
@@ -22,6 +22,7 @@ from workers.logs import blotted
 
 MAX_MESSAGE = 4_000
 USER_ERRORS = (ConfigError, DataError, ModelError, NonFiniteError, CheckpointMismatchError)
+_STORE_ERRORS = (StoreError, MissingObjectError, CorruptObjectError, BrokenManifestError)
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -143,7 +144,7 @@ def _classify_outside(error: BaseException, *, store_url: str) -> tuple[FailureK
             f"no space is left for the artifacts in {store_url}: free some there (old jobs' checkpoints are "
             f"the largest files) or move the store, then submit again ({error})"
         )
-    if isinstance(error, StoreError | MissingObjectError | CorruptObjectError):
+    if isinstance(error, _STORE_ERRORS):
         return FailureKind.STORAGE, f"the object store {store_url} failed: {error}"
     if isinstance(error, SourceAwayError):
         return FailureKind.INFRASTRUCTURE, str(error)

@@ -12,7 +12,7 @@ import torch
 
 from service.client.work import WorkClient
 from service.contracts.jobs import FileEntry, Progress
-from workers.attempt import Attempt, Work
+from workers.attempt import Attempt, Work, plan_document
 from workers.failures import is_stale, portable
 from workers.logs import LogShipper, attach, detach
 from workers.reporting import Reporter
@@ -112,5 +112,7 @@ def _begin_reports(rank: Rank) -> None:
     rank.reporter.progress(
         Progress(step=step, total_steps=plan.total_steps if plan else None, message="building the model")
     )
+    if plan is not None:  # again: the driver may have waited in vain for the service to take it
+        rank.reporter.plan(plan_document(plan))
     rank.reporter.start()
     log.info("%d ranks on %s, process %d", rank.world_size, rank.device, os.getpid())

@@ -3,6 +3,7 @@
 from service.contracts.problems import Problem
 
 STALE = "stale_attempt"
+BROKEN_MANIFEST = "broken_manifest"
 BAD_ANSWER = "bad_answer"
 UNREACHABLE = "unreachable"
 
@@ -42,9 +43,16 @@ class StaleAttempt(ApiError):  # noqa: N818  it tells a worker to stop and is no
     """A newer attempt owns the job, or the job is final: write nothing more and end."""
 
 
+class BrokenManifestError(ApiError):
+    """The service did not find in the object store what a manifest says, or a success is not complete."""
+
+
+_CLASSES: dict[str, type[ApiError]] = {STALE: StaleAttempt, BROKEN_MANIFEST: BrokenManifestError}
+
+
 def api_error(problem: Problem) -> ApiError:
     """The exception for an error answer."""
-    return StaleAttempt(problem) if problem.code == STALE else ApiError(problem)
+    return _CLASSES.get(problem.code, ApiError)(problem)
 
 
 def _text(problem: Problem) -> str:

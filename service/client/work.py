@@ -4,17 +4,19 @@ Every call may be repeated: the service takes a report, checkpoint or finish tha
 as a repetition. So a lost answer costs one more request and nothing else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 import httpx
 from pydantic import BaseModel
 
-from service.client.http import Backoff, Transport, parse
+from service.client.http import CONNECT_TIMEOUT_S, Backoff, Transport, parse
+from service.contracts.jobs import FileEntry
 from service.contracts.tokens import digest_of
 from service.contracts.work import Assignment, Checkpoint, Claim, Finish, Report, ReportReply
 
 PATIENCE_S = 15 * 60.0
+READ_BYTES_A_S = 20e6  # the slowest at which the service reads the files of a manifest from its store
 
 
 class WorkClient:
@@ -40,6 +42,7 @@ class WorkClient:
         backoff: Backoff | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
+        self._timeout_s = timeout_s
         self._path = f"/v1/attempts/{job_id}/{attempt}"
         self._claim = Claim(token_hash=digest_of(token))
         self._transport = Transport(
@@ -71,17 +74,32 @@ class WorkClient:
 
     def commit_checkpoint(self, checkpoint: Checkpoint, *, patience_s: float = PATIENCE_S) -> None:
         """Make a checkpoint, all of whose files are stored, the one to resume from."""
-        self._post("checkpoints", checkpoint, patience_s=patience_s)
+        self._post("checkpoints", checkpoint, patience_s=patience_s, files=checkpoint.files)
 
     def finish(self, finish: Finish, *, patience_s: float = PATIENCE_S) -> None:
         """Say how the attempt ended."""
-        self._post("finish", finish, patience_s=patience_s)
+        self._post("finish", finish, patience_s=patience_s, files=finish.files)
 
     def _post(
-        self, what: str, body: BaseModel, *, patience_s: float, headers: Mapping[str, str] | None = None
+        self,
+        what: str,
+        body: BaseModel,
+        *,
+        patience_s: float,
+        headers: Mapping[str, str] | None = None,
+        files: Sequence[FileEntry] = (),
     ) -> httpx.Response:
+        """Send one call; the answer comes once the service has read `files` from the store."""
         content: Any = body.model_dump_json()
         headers = {"Content-Type": "application/json", **(headers or {})}
+        read_s = self._timeout_s + sum(entry.size for entry in files) / READ_BYTES_A_S
         return self._transport.call(
-            "POST", f"{self._path}/{what}", content=content, headers=headers, patience_s=patience_s
+            "POST",
+            f"{self._path}/{what}",
+            content=content,
+            headers=headers,
+            timeout=httpx.Timeout(
+                self._timeout_s, connect=min(self._timeout_s, CONNECT_TIMEOUT_S), read=read_s
+            ),
+            patience_s=patience_s,
         )

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Row, Select, or_, select
+from sqlalchemy import Row, Select, func, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves
 from service.db.engine import Sessions, only_reads
-from service.db.tables import AttemptRow, JobRow
+from service.db.tables import AttemptRow, EventRow, JobRow
 from service.db.usage import usage
 from service.domain.decide import Dependency, JobSeen
 from service.domain.names import submission_id
@@ -56,11 +56,20 @@ _ATTEMPTS = (
     .join(JobRow, JobRow.id == AttemptRow.job_id)
     .order_by(AttemptRow.job_id, AttemptRow.number)
 )
+# When the stops under way began, whoever asked for them.
+_STOPS = (
+    select(EventRow.job_id, func.max(EventRow.at).label("at"))
+    .join(JobRow, JobRow.id == EventRow.job_id)
+    .where(JobRow.state == JobState.STOPPING, EventRow.dst == JobState.STOPPING)
+    .group_by(EventRow.job_id)
+)
 LEFTOVERS = (
     select(AttemptRow, JobRow.updated_at)
     .join(JobRow, JobRow.id == AttemptRow.job_id)
     .where(
-        AttemptRow.ray_ended_at.is_(None), or_(JobRow.state.in_(FINAL), AttemptRow.number < JobRow.attempt)
+        AttemptRow.ray_ended_at.is_(None),
+        # A pause may have been granted while the cluster did not answer.
+        or_(JobRow.state.in_(FINAL | {JobState.PAUSED}), AttemptRow.number < JobRow.attempt),
     )
     .order_by(AttemptRow.started_at)
     .limit(_LEFTOVERS_A_PASS)
@@ -101,11 +110,15 @@ async def open_jobs(sessions: Sessions, *, now: datetime, most_queued: int | Non
         await only_reads(session)
         queue = [row async for part in _in_parts(session, _QUEUE.limit(most_queued)) for row in part]
         busy = {row.id: row async for part in _in_parts(session, _BUSY_JOBS) for row in part}
+        stops = {row.job_id: row.at for row in await session.execute(_STOPS)}
         queued = [row for row in queue if row.id not in busy]  # one may have moved in between
         rows = [*queued, *busy.values()]
         attempts = await _attempts(session, again=[row.id for row in queued if row.attempt])
         needed = await _dependencies(session, sorted({i for row in rows for i in row.inputs_wait}))
-    return [_observed(row, attempts.get(row.id, []), needed, now=now) for row in rows]
+    return [
+        _observed(row, attempts.get(row.id, []), needed, stopping_since=stops.get(row.id), now=now)
+        for row in rows
+    ]
 
 
 async def leftovers(sessions: Sessions) -> list[Leftover]:
@@ -158,7 +171,12 @@ def _portions(ids: Sequence[str]) -> Iterator[Sequence[str]]:
 
 
 def _observed(
-    row: Row[Any], attempts: Sequence[Row[Any]], needed: Mapping[str, Row[Any]], *, now: datetime
+    row: Row[Any],
+    attempts: Sequence[Row[Any]],
+    needed: Mapping[str, Row[Any]],
+    *,
+    stopping_since: datetime | None,
+    now: datetime,
 ) -> Observed:
     attempt = attempts[-1] if attempts else None
     job = JobSeen(
@@ -169,7 +187,7 @@ def _observed(
         needs=needs_of(row.resources),
         priority=row.priority,
         created_at=row.created_at,
-        since=_since(row, attempt),
+        since=_since(row, attempt, stopping_since),
         retry_at=row.not_before,
         reported_at=attempt.last_report_at if attempt else None,
         advanced_at=attempt.advanced_at if attempt else None,
@@ -181,11 +199,14 @@ def _observed(
     return Observed(seen=seen, job=job, reason=row.reason, max_attempts=row.max_attempts)
 
 
-def _since(row: Row[Any], attempt: Row[Any] | None) -> datetime:
+def _since(row: Row[Any], attempt: Row[Any] | None, stopping_since: datetime | None) -> datetime:
     """When the clock of the job's state began to run."""
     moment: datetime = row.desired_at
-    if attempt is not None and row.state is not JobState.STOPPING:
-        moment = attempt.last_report_at or attempt.started_at
+    if row.state is JobState.STOPPING:
+        # Not the user's wish alone stops a job, and a second wish gives its workers no second grace.
+        moment = stopping_since or moment
+    elif attempt is not None:
+        moment = attempt.last_report_at or attempt.launched_at or attempt.started_at
     return moment
 
 

@@ -48,6 +48,7 @@ from service.store.base import ObjectStore, StoreError
 logger = logging.getLogger(__name__)
 
 _ASKED_AT_ONCE = 8  # all calls about jobs go through one agent on Ray's head
+_UNANSWERED = 3  # questions about what should be over, then the next pass asks again
 _TAIL_LINES = 200
 _QUOTED_LINES = 6
 _MAX_MESSAGE_CHARS = 4000
@@ -117,8 +118,7 @@ class Reconciler:
             elif decided.reason not in (None, observed.reason):
                 reasons.append((observed.seen, decided.reason))
         await record.reasons(self._guarded, reasons, now=now)
-        for leftover in await observe.leftovers(self._sessions):
-            await self._clear_away(leftover)
+        await self._clear_up()
         if whole:
             ended = self._monotonic()
             self._whole_queue_at = ended + max(_WHOLE_QUEUE_EVERY_S, _WHOLE_QUEUE_PAUSE * (ended - began))
@@ -232,8 +232,7 @@ class Reconciler:
 
     async def _lose(self, observed: Observed, lost: Lost) -> None:
         job = observed.job
-        said = await self._launcher.log_tail(observed.submission_id, max_lines=_TAIL_LINES)
-        tail = [redacted(line) for line in said]
+        tail = [redacted(line) for line in await self._last_lines(observed.submission_id)]
         await self._keep_log(observed, tail)
         quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]
         message = lost.message + ("; its last lines: " + " | ".join(quoted) if quoted else "")
@@ -244,6 +243,14 @@ class Reconciler:
             # Only now: an attempt that is found to live after all must not be ended. Should we die
             # here, it is a leftover, or stands in the way of the next attempt, and is ended as such.
             await self._launcher.stop(observed.submission_id)
+
+    async def _last_lines(self, submission: str) -> list[str]:
+        """What the driver said last; nothing where the cluster does not answer."""
+        try:
+            return await self._launcher.log_tail(submission, max_lines=_TAIL_LINES)
+        except LauncherUnavailableError as error:
+            self._complain(error)
+            return []
 
     async def _keep_log(self, observed: Observed, tail: list[str]) -> None:
         """Save the driver's last words: Ray loses them with its node."""
@@ -260,8 +267,20 @@ class Reconciler:
         except StoreError as error:
             logger.warning("job %s: the log's tail was not kept: %s", job.id, error)
 
-    async def _clear_away(self, leftover: Leftover) -> None:
-        """End an attempt whose job has gone on without it, after a grace in which it may do so itself."""
+    async def _clear_up(self) -> None:
+        """See to the attempts that should be over; one that does not answer holds up no pass."""
+        left = _UNANSWERED
+        for leftover in await observe.leftovers(self._sessions):
+            left -= not await self._clear_away(leftover)
+            if not left:
+                return
+
+    async def _clear_away(self, leftover: Leftover) -> bool:
+        """End an attempt whose job has gone on without it, after a grace in which it may do so itself.
+
+        Returns:
+            False if the cluster did not answer.
+        """
         try:
             sight = await self._sight(leftover.submission_id)
             now = self._clock()
@@ -274,6 +293,8 @@ class Reconciler:
                 await self._stop(leftover.job_id, leftover.attempt)
         except LauncherUnavailableError as error:
             self._complain(error)
+            return False
+        return sight.known
 
     def _complain(self, error: LauncherUnavailableError) -> None:
         # An outage would fill the log with the same line, one a second.

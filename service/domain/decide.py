@@ -4,7 +4,7 @@ Deciding twice from the same observation gives the same answer, and every answer
 twice. So it does not matter where the dispatcher was killed last time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
 
@@ -42,7 +42,7 @@ class ClusterJob:
 class Sight:
     """What could be seen of a job's latest submission."""
 
-    known: bool = True  # False: the cluster did not answer, so nothing may be concluded
+    known: bool = True  # False: the cluster did not answer, so nothing may be concluded of its jobs
     job: ClusterJob | None = None  # None: the cluster knows no such submission
     gone_for_s: float = 0.0  # since we first saw it ended or missing, by our own monotonic clock
 
@@ -229,10 +229,9 @@ def _paused(job: JobSeen) -> Decision:
 def _launching(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
     if stop := _stop(job):
         return stop
-    if not sight.known:
-        return Keep()
-    if sight.job is None and not job.submitted:
-        return Submit()
+    if not job.submitted and (not sight.known or sight.job is None):
+        # Without an answer it may have arrived; with one it has not.
+        return Submit() if sight.known else Keep()
     if sight.gone:
         return _gone(sight, limits)
     if (now - job.since).total_seconds() >= limits.start_deadline_s:
@@ -244,13 +243,12 @@ def _launching(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Dec
 def _running(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
     if stop := _stop(job):
         return stop
-    if not sight.known:
-        return Keep()
     if sight.gone:
         return _gone(sight, limits)
     silent_s = (now - (job.reported_at or job.since)).total_seconds()
     if silent_s >= limits.stall_after_s:
-        told = f"the worker has not reported for {silent_s:.0f} s although Ray says that it runs"
+        ray = "although Ray says that it runs" if sight.known else "and Ray does not answer"
+        told = f"the worker has not reported for {silent_s:.0f} s {ray}"
         return Lost(kind=FailureKind.STALLED, message=told)
     idle_s = (now - (job.advanced_at or job.reported_at or job.since)).total_seconds()
     if idle_s >= limits.stall_after_s:
@@ -292,24 +290,26 @@ def _gone(sight: Sight, limits: Limits) -> Decision:
 
 
 def _stopping(job: JobSeen, sight: Sight, now: datetime, limits: Limits) -> Decision:
+    waited_s = (now - job.since).total_seconds()
     if not sight.known:
-        return Keep()
+        # The fence ends the attempt, so nothing that it still does counts; its processes are a leftover.
+        told = f"; Ray does not answer, {waited_s:.0f} s after the stop began"
+        return _stopped(job, told) if waited_s >= limits.stall_after_s else Keep()
     if sight.gone:
         return _stopped(job)
     # A worker that never reported has nothing to save.
-    waited_s = (now - job.since).total_seconds()
     if job.reported_at is None or waited_s >= limits.stop_grace_s:
         return ForceStop()
     return Keep()
 
 
-def _stopped(job: JobSeen) -> Change:
+def _stopped(job: JobSeen, told: str = "") -> Change:
     if job.desired is Desired.CANCEL:
-        return Change(dst=S.CANCELLED, reason="cancelled on request")
+        return Change(dst=S.CANCELLED, reason=f"cancelled on request{told}")
     if job.desired is Desired.RUN and (end := _over_limit(job, S.FAILED)):
-        return end
+        return replace(end, reason=f"{end.reason}{told}")
     # A wish to go on that came too late for the stop is heard by the next pass.
-    return Change(dst=S.PAUSED, reason="paused on request")
+    return Change(dst=S.PAUSED, reason=f"paused on request{told}")
 
 
 def _due(job: JobSeen, now: datetime) -> bool:

@@ -1,6 +1,5 @@
 """The end of an attempt, as its worker tells it, and what becomes of the job."""
 
-import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,8 +17,11 @@ from service.db.usage import usage
 from service.domain import retry
 from service.domain.usage import Usage
 from service.errors import BrokenManifestError, ConflictError
-from service.jobs.work import check_files, current, locked, record
+from service.jobs import manifest
+from service.jobs.work import current, locked, record
 from service.store.base import ObjectStore
+
+_UNPLANNED = frozenset({"evaluate"})  # kinds of jobs that train nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,16 @@ async def finish(
     """End the attempt. A repetition of what ended it changes nothing.
 
     Raises:
-        BrokenManifestError: a success that did not come to its last step, or lacks a file.
+        BrokenManifestError: a success that did not come to its last step, or a file of which is not in
+            the object store with its checksum.
         StaleAttemptError: the attempt may no longer write.
     """
-    _check_steps(told)
     async with sessions.begin() as session:
         if await _is_repeated(session, job_id, number, told):
             return
-        await current(session, job_id, number)
-    files = await asyncio.to_thread(_real_files, store, job_id, told)
+        job, _ = await current(session, job_id, number)
+        _check_complete(job, told)
+    files = await _real_files(store, job_id, told)
     async with sessions.begin() as session:
         if await _is_repeated(session, job_id, number, told):
             return
@@ -118,9 +121,21 @@ def _succeeded(told: Finish) -> End:
     return End(state=JobState.SUCCEEDED, message=message, values=values)
 
 
-def _check_steps(told: Finish) -> None:
-    if told.outcome == "succeeded" and told.total_steps not in (None, told.step):
-        raise BrokenManifestError(f"a success must come to step {told.total_steps}, got {told.step}")
+def _check_complete(job: JobRow, told: Finish) -> None:
+    """Raise BrokenManifestError for a success that by its own words, or by the job's plan, is none."""
+    if told.outcome != "succeeded":
+        return
+    if told.step != told.total_steps:
+        raise BrokenManifestError(
+            f"a success must come to its last step, got step {told.step} of {told.total_steps}"
+        )
+    planned = (job.resolved.get("plan") or {}).get("total_steps")
+    if job.kind not in _UNPLANNED and told.step != planned:
+        raise BrokenManifestError(
+            f"a success must come to step {planned} of the job's plan, got step {told.step}"
+        )
+    if manifest.RESULT not in {entry.path for entry in told.files}:
+        raise BrokenManifestError(f"a success must name {manifest.RESULT} among its files")
 
 
 async def _is_repeated(session: AsyncSession, job_id: str, number: int, told: Finish) -> bool:
@@ -128,19 +143,12 @@ async def _is_repeated(session: AsyncSession, job_id: str, number: int, told: Fi
     return attempt.ended_at is not None and attempt.outcome == told.outcome
 
 
-def _real_files(store: ObjectStore, job_id: str, told: Finish) -> list[FileEntry]:
+async def _real_files(store: ObjectStore, job_id: str, told: Finish) -> list[FileEntry]:
     """The files that are to be recorded. A success needs all; another end keeps what is there."""
     if told.outcome == "succeeded":
-        check_files(store, job_id, told.files)
+        await manifest.verify(store, job_id, told.files)
         return told.files
-    kept = []
-    for entry in told.files:
-        try:
-            check_files(store, job_id, [entry])
-        except BrokenManifestError:
-            continue
-        kept.append(entry)
-    return kept
+    return await manifest.true_ones(store, job_id, told.files)
 
 
 async def _end(

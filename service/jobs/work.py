@@ -5,9 +5,8 @@ job's row is locked from that check until what was told is committed, so nothing
 between the two.
 """
 
-import asyncio
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -21,6 +20,7 @@ from service.db.engine import Sessions
 from service.db.tables import AttemptRow, CheckpointRow, FileRow, JobRow, MetricRow
 from service.domain.names import checkpoint_prefix, job_prefix
 from service.errors import BrokenManifestError, NotFoundError, StaleAttemptError
+from service.jobs import manifest
 from service.store.base import ObjectStore
 
 # Kind of a job: what it takes from another one, and where its spec says from which.
@@ -70,7 +70,7 @@ async def report(
 async def commit_checkpoint(
     sessions: Sessions, store: ObjectStore, job_id: str, number: int, told: Checkpoint, *, now: datetime
 ) -> None:
-    """Make a checkpoint real, once all its files are seen in the object store in their size.
+    """Make a checkpoint real, once all its files are seen in the object store with their checksums.
 
     Raises BrokenManifestError where one is not, or where the manifest names another attempt's files.
     """
@@ -84,9 +84,11 @@ async def commit_checkpoint(
         raise BrokenManifestError(f"{strays[0]} does not lie below {told.prefix}")
     async with sessions.begin() as session:
         await current(session, job_id, number)
+        if await _is_known(session, job_id, number, told):
+            return
         if await _is_overtaken(session, job_id, number, told.step):
             return
-    await asyncio.to_thread(check_files, store, job_id, told.files)
+    await manifest.verify(store, job_id, told.files)
     async with sessions.begin() as session:
         await current(session, job_id, number)
         if await _is_overtaken(session, job_id, number, told.step):
@@ -103,6 +105,12 @@ async def commit_checkpoint(
             message = f"attempt {number} committed a checkpoint at step {told.step}"
             moves.note(session, job_id, actor="worker", message=message, now=now)
         await queries.upsert(session, CheckpointRow, [row], key=("job_id", "attempt", "step"))
+
+
+async def _is_known(session: AsyncSession, job_id: str, number: int, told: Checkpoint) -> bool:
+    """Whether this is a repetition, whose files need not be read again."""
+    row = await session.get(CheckpointRow, (job_id, number, told.step))
+    return row is not None and row.files == [entry.model_dump() for entry in told.files]
 
 
 async def _is_overtaken(session: AsyncSession, job_id: str, number: int, step: int) -> bool:
@@ -160,18 +168,6 @@ async def record(
     await queries.upsert(session, MetricRow, metrics, key=("job_id", "key", "step"), first=["at"])
     entries = [{**whose, **entry.model_dump()} for entry in files]
     await queries.upsert(session, FileRow, entries, key=("job_id", "path"))
-
-
-def check_files(store: ObjectStore, job_id: str, files: Iterable[FileEntry]) -> None:
-    """Raise BrokenManifestError for the first file that the store does not hold in its size. Blocks."""
-    for entry in files:
-        found = store.stat(f"{job_prefix(job_id)}/{entry.path}")
-        if found is None:
-            raise BrokenManifestError(f"{entry.path} is not in the object store")
-        if found.size != entry.size:
-            raise BrokenManifestError(
-                f"{entry.path} has {found.size} bytes in the object store, the manifest says {entry.size}"
-            )
 
 
 def _storable(progress: Progress) -> dict[str, Any]:

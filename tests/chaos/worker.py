@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.client.errors import ApiError, StaleAttempt
+from service.client.errors import ApiError, BrokenManifestError, StaleAttempt
 from service.client.http import Backoff
 from service.client.work import WorkClient
 from service.contracts.jobs import FailureKind, FileEntry, MetricPoint, Progress
@@ -101,6 +101,7 @@ class Training:
     made: list[FileEntry] = field(default_factory=list)
     reported_at: float = 0.0
     stop_asked: bool = False
+    planned: bool = False  # the service knows how long the training is
 
     @property
     def training(self) -> dict[str, Any]:
@@ -203,7 +204,8 @@ class Training:
     def _report(self, *, patience_s: float) -> None:
         points, files = self.points[:1000], list(self.fresh)
         progress = Progress(step=self.step, total_steps=self.total_steps, message="training")
-        report = Report(progress=progress, metrics=points, files=files)
+        plan: dict[str, Any] | None = None if self.planned else {"total_steps": self.total_steps}
+        report = Report(progress=progress, metrics=points, files=files, plan=plan)
         self.reported_at = time.monotonic()
         try:
             reply = self.service.report(report, patience_s=patience_s)
@@ -217,6 +219,7 @@ class Training:
         self.journal.note("reported", sent=self.reported_at, steps=steps, step=self.step)
         del self.points[: len(points)]
         del self.fresh[: len(files)]
+        self.planned = True
         self.stop_asked = self.stop_asked or reply.directive == "stop"
 
     def _commit(self, what: str, call: Callable[[], None], **facts: Any) -> None:
@@ -252,11 +255,21 @@ def attempt(service: WorkClient, journal: Journal, assignment: Assignment, *, to
         detach(shipper)
         if not shipper.abandoned:
             send_left(spools, store, journal, patient=finish is not None and finish.outcome == "succeeded")
-    training.finish(finish)
+    finish = told(training, finish)
     return DONE if finish.failure is None else _EXIT[finish.failure.kind]
 
 
 _EXIT = {FailureKind.USER: USER, FailureKind.STORAGE: STORAGE, FailureKind.INFRASTRUCTURE: INFRASTRUCTURE}
+
+
+def told(training: Training, finish: Finish) -> Finish:
+    """Say how it ended, and return that: a success whose files the service does not find is none."""
+    try:
+        training.finish(finish)
+    except BrokenManifestError as error:
+        finish = failed(training, FailureKind.STORAGE, f"the object store failed: {error}")
+        training.finish(finish)
+    return finish
 
 
 def ending(training: Training) -> Finish:
@@ -268,7 +281,7 @@ def ending(training: Training) -> Finish:
         files = training.conclude()
     except StoreFullError as error:
         return failed(training, FailureKind.USER, f"no space is left for the artifacts: {error}")
-    except (StoreError, MissingObjectError, CorruptObjectError) as error:
+    except (StoreError, MissingObjectError, CorruptObjectError, BrokenManifestError) as error:
         return failed(training, FailureKind.STORAGE, f"the object store failed: {error}")
     log.info("succeeded at step %d", training.step)
     return Finish(

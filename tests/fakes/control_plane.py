@@ -1,5 +1,6 @@
 """A control plane in one place: real SQLite, a real folder, a fake cluster, a clock that is set."""
 
+import hashlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -109,15 +110,25 @@ class ControlPlane:
             return await work.report(session, job_id, attempt, told, now=self.now)
 
     async def finish(self, job_id: str, attempt: int, **told: Any) -> None:
-        """Speak the worker's last word."""
+        """Speak the worker's last word. A success has told its plan before, and has its result."""
         last = Finish.model_validate({"outcome": "succeeded", "step": 1, **told})
+        if last.outcome == "succeeded":
+            await self.tell_plan(job_id, attempt, total_steps=last.step)
+            files = [*last.files, self.put(job_id, "result.json", b"{}")]
+            last = last.model_copy(update={"total_steps": last.step, "files": files})
         backoff = RULES.backoff
         await finish(self.sessions, self.store, job_id, attempt, last, backoff=backoff, now=self.now)
+
+    async def tell_plan(self, job_id: str, attempt: int, *, total_steps: int) -> None:
+        """Report how long the training is."""
+        told = Report(progress=Progress(step=1), plan={"total_steps": total_steps})
+        async with self.sessions.begin() as session:
+            await work.report(session, job_id, attempt, told, now=self.now)
 
     def put(self, job_id: str, path: str, data: bytes) -> FileEntry:
         """Store one artifact."""
         self.store.put_bytes(f"{job_prefix(job_id)}/{path}", data)
-        return FileEntry(path=path, size=len(data), sha256="0" * 64)
+        return FileEntry(path=path, size=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 @asynccontextmanager

@@ -42,6 +42,7 @@ class Job:
     wish: str = "run"
     attempt: int = 0
     running: bool = False  # the present attempt may write
+    planned: bool = False  # a worker has told how long the training is
     failures: int = 0
     steps: set[int] = field(default_factory=set)  # committed checkpoints
     curve: dict[int, float] = field(default_factory=dict)
@@ -181,13 +182,14 @@ class JobMachine(RuleBasedStateMachine):
         if attempt < 1:
             return
         value = attempt + step / 10
-        body = {"progress": {"step": step}, "metrics": [{"step": step, "key": "loss", "value": value}]}
+        point = {"step": step, "key": "loss", "value": value}
+        body = {"progress": {"step": step}, "metrics": [point], "plan": {"total_steps": 10}}
         status, told = self.tell(job_id, attempt, "report", body)
         if not self.may_write(job_id, attempt):
             assert (status, told["code"]) == (409, "stale_attempt")
             return
         assert (status, told["directive"]) == (200, "stop" if job.state == S.STOPPING else "continue")
-        job.curve[step] = value
+        job.curve[step], job.planned = value, True
         if job.state == S.LAUNCHING:
             job.state = S.RUNNING
 
@@ -219,10 +221,14 @@ class JobMachine(RuleBasedStateMachine):
         if attempt < 1:
             return
         body: Document = {"outcome": outcome, "step": 10, "total_steps": 10}
+        if outcome == "succeeded":
+            body["files"] = [self.world.file(job_id, "result.json")]
         if outcome == "failed":
             body["failure"] = {"kind": kind, "message": "because"}
         status, told = self.tell(job_id, attempt, "finish", body)
-        if self.may_write(job_id, attempt):
+        if self.may_write(job_id, attempt) and outcome == "succeeded" and not job.planned:
+            assert (status, told["code"]) == (409, "broken_manifest")
+        elif self.may_write(job_id, attempt):
             assert status < 300, told
             job.end(outcome, kind)
         elif status >= 300:  # else a repetition of what ended that attempt, which changes nothing

@@ -12,7 +12,7 @@ from service.db import queries
 from service.domain.names import log_prefix
 from tests.fakes.world import World, token_of
 
-FINISH = {"outcome": "succeeded", "step": 10, "total_steps": 10}
+PLAN = {"total_steps": 10}
 
 
 async def running(world: World, *, name: str = "tok") -> str:
@@ -20,8 +20,14 @@ async def running(world: World, *, name: str = "tok") -> str:
     job = (await world.submit(world.tokenizer(name)))[0]
     job_id = str(job["id"])
     await world.launch(job_id)
-    assert (await world.report(job_id, 1)).status_code == 200
+    assert (await world.report(job_id, 1, plan=PLAN)).status_code == 200
     return job_id
+
+
+def success(world: World, job_id: str, *files: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """The last word of a worker that has done it all; its result is stored."""
+    told = {"outcome": "succeeded", "step": 10, "total_steps": 10}
+    return {**told, "files": [*files, world.file(job_id, "result.json", b"{}")], **changes}
 
 
 def checkpoint(world: World, job_id: str, *, attempt: int, step: int) -> dict[str, Any]:
@@ -127,7 +133,11 @@ class WorkContract:
         saved = checkpoint(world, job_id, attempt=1, step=5)
         await world.put(job_id, JobState.RETRYING)
         assert await world.launch(job_id) == 2
-        for what, body in (("report", {"progress": {}}), ("checkpoints", saved), ("finish", FINISH)):
+        for what, body in (
+            ("report", {"progress": {}}),
+            ("checkpoints", saved),
+            ("finish", success(world, job_id)),
+        ):
             answer = await world.tell(job_id, 1, what, body)
             assert (answer.status_code, answer.json()["code"]) == (409, "stale_attempt"), what
         assert (await world.ask(job_id, 1)).status_code == 409
@@ -136,7 +146,7 @@ class WorkContract:
 
     async def test_fence__a_final_job_takes_nothing_more(self, world: World) -> None:
         job_id = await running(world)
-        assert (await world.tell(job_id, 1, "finish", FINISH)).status_code == 200
+        assert (await world.tell(job_id, 1, "finish", success(world, job_id))).status_code == 200
         answer = await world.report(job_id, 1)
         assert (answer.status_code, answer.json()["code"]) == (409, "stale_attempt")
 
@@ -181,101 +191,6 @@ class WorkContract:
             told["files"] = [world.file(job_id, f"{prefix}/x")]
         assert (await world.tell(job_id, 1, "checkpoints", told)).status_code in (409, 422)
 
-    async def test_finish__a_success_names_its_files(self, world: World) -> None:
-        job_id = await running(world)
-        files = [world.file(job_id, "tokenizer/config.json", b"{}")]
-        told = {**FINISH, "files": files, "metrics": {"psnr": 20.5}}
-        for _ in range(2):
-            assert (await world.tell(job_id, 1, "finish", told)).status_code == 200
-        job = await world.show(job_id)
-        assert (job["state"], job["progress"]["step"]) == ("succeeded", 10)
-        assert job["result"] == {"step": 10, "metrics": {"psnr": 20.5}, "num_files": 1, "size_bytes": 2}
-        assert job["metrics"]["psnr"] == 20.5
-        assert (job["attempts"][0]["outcome"], job["reason"]) == ("succeeded", "succeeded at step 10")
-        assert (await world.client.get(f"/v1/jobs/{job_id}/artifacts")).json() == files
-
-    async def test_finish__a_success_may_come_with_a_warning(self, world: World) -> None:
-        job_id = await running(world)
-        told = {**FINISH, "warnings": ["the codebook has collapsed"]}
-        assert (await world.tell(job_id, 1, "finish", told)).status_code == 200
-        job = await world.show(job_id)
-        assert job["state"] == "succeeded"
-        assert job["reason"] == "succeeded at step 10; warning: the codebook has collapsed"
-        assert job["result"]["warnings"] == ["the codebook has collapsed"]
-
-    async def test_finish__a_success_without_its_files_or_steps_is_none(self, world: World) -> None:
-        job_id = await running(world)
-        missing = {"path": "encoder/model.safetensors", "size": 3, "sha256": "0" * 64}
-        for told in ({**FINISH, "files": [missing]}, {**FINISH, "step": 9}):
-            answer = await world.tell(job_id, 1, "finish", told)
-            assert (answer.status_code, answer.json()["code"]) == (409, "broken_manifest")
-        assert (await world.show(job_id))["state"] == "running"
-
-    async def test_finish__the_users_fault_is_final_at_once(self, world: World) -> None:
-        job_id = await running(world)
-        failure = {"kind": "user", "message": "lower training.batch_size to 3"}
-        await world.tell(job_id, 1, "finish", {"outcome": "failed", "step": 0, "failure": failure})
-        job = await world.show(job_id)
-        assert (job["state"], job["failure_kind"], job["reason"]) == ("failed", "user", failure["message"])
-
-    async def test_finish__another_fault_is_tried_again_until_the_attempts_are_used_up(
-        self, world: World
-    ) -> None:
-        job = (await world.submit(world.tokenizer(retries={"max_attempts": 2})))[0]
-        failure = {"kind": "storage", "message": "no answer"}
-        told = {"outcome": "failed", "step": 4, "failure": failure}
-        await world.launch(job["id"])
-        assert (await world.tell(job["id"], 1, "finish", told)).status_code == 200
-        row = await world.row(job["id"])
-        assert row.state is JobState.RETRYING
-        assert row.not_before is not None
-        # 5 s is the first pause of the settings, a quarter more or less; the clock ticks at each look.
-        assert timedelta(seconds=3.7) < row.not_before - world.clock.now < timedelta(seconds=6.3)
-        await world.launch(job["id"])
-        assert (await world.row(job["id"])).not_before is None
-        await world.tell(job["id"], 2, "finish", told)
-        shown = await world.show(job["id"])
-        assert (shown["state"], shown["failure_kind"]) == ("failed", "storage")
-        assert [attempt["message"] for attempt in shown["attempts"]] == ["no answer"] * 2
-
-    @pytest.mark.parametrize(
-        ("desired", "state"), [("cancel", "cancelled"), ("pause", "paused"), ("run", "retrying")]
-    )
-    async def test_finish__what_a_stop_means_is_what_the_user_wants(
-        self, world: World, desired: str, state: str
-    ) -> None:
-        job_id = await running(world)
-        if desired != "run":
-            await world.put(job_id, JobState.STOPPING, desired=desired)
-        answer = await world.tell(job_id, 1, "finish", {"outcome": "stopped", "step": 6, "total_steps": 10})
-        assert answer.status_code == 200
-        assert (await world.show(job_id))["state"] == state
-
-    async def test_finish__a_success_counts_although_the_stop_was_asked_for(self, world: World) -> None:
-        job_id = await running(world)
-        await world.client.post("/v1/jobs/tok/cancel")
-        await world.tell(job_id, 1, "finish", FINISH)
-        assert (await world.show(job_id))["state"] == "succeeded"
-
-    async def test_finish__a_failure_while_being_cancelled_is_a_cancel(self, world: World) -> None:
-        job_id = await running(world)
-        await world.client.post("/v1/jobs/tok/cancel")
-        failure = {"kind": "infrastructure", "message": "a rank died"}
-        await world.tell(job_id, 1, "finish", {"outcome": "failed", "step": 3, "failure": failure})
-        job = await world.show(job_id)
-        assert (job["state"], job["attempts"][0]["outcome"]) == ("cancelled", "failed")
-
-    async def test_race__finish_and_cancel_agree_on_one_end(self, world: World) -> None:
-        for turn in range(10):
-            job_id = await running(world, name=f"t{turn}")
-            finished, cancelled = await asyncio.gather(
-                world.tell(job_id, 1, "finish", FINISH), world.client.post(f"/v1/jobs/{job_id}/cancel")
-            )
-            assert (finished.status_code, cancelled.status_code) == (200, 202)
-            assert (await world.show(job_id))["state"] == "succeeded"
-            events = (await world.client.get(f"/v1/jobs/{job_id}/events")).json()
-            assert [event["dst"] for event in events].count("succeeded") == 1
-
 
 class DetailContract:
     async def test_events__a_stream_ends_when_the_job_does(self, world: World) -> None:
@@ -283,7 +198,7 @@ class DetailContract:
 
         async def end() -> None:
             await asyncio.sleep(0.05)
-            await world.tell(job_id, 1, "finish", FINISH)
+            await world.tell(job_id, 1, "finish", success(world, job_id))
 
         answer, _ = await asyncio.gather(world.client.get(f"/v1/jobs/{job_id}/events?follow=true"), end())
         told = [json.loads(data) for data in _fields(answer.text, "data")]
@@ -311,7 +226,7 @@ class DetailContract:
             await asyncio.sleep(0.05)
             self.write(world, job_id, "attempt-1/driver-000001", [4])
             self.write(world, job_id, "attempt-1/rank-0-000000", [3])
-            await world.tell(job_id, 1, "finish", FINISH)
+            await world.tell(job_id, 1, "finish", success(world, job_id))
 
         answer, _ = await asyncio.gather(world.client.get(f"/v1/jobs/{job_id}/logs?follow=true"), end())
         messages = [json.loads(data).get("message") for data in _fields(answer.text, "data")]

@@ -71,12 +71,13 @@ class Terminal:
         return WorkClient(self.url, job_id, attempt, token_of(job_id, attempt))
 
     async def succeed(self, job_id: str, *paths: str) -> None:
-        """Run the job to its end, with these files."""
+        """Run the job to its end, with these files and its result."""
         attempt = await self.world.launch(job_id)
-        files = [self.world.file(job_id, path, data=path.encode()) for path in paths]
+        files = [self.world.file(job_id, path, data=path.encode()) for path in (*paths, "result.json")]
         with self.worker(job_id, attempt) as worker:
             points = [MetricPoint(step=step, key="loss", value=1 / step) for step in range(1, 11)]
-            report = Report(progress=Progress(step=10, total_steps=10, images_per_s=50), metrics=points)
+            progress = Progress(step=10, total_steps=10, images_per_s=50)
+            report = Report(progress=progress, metrics=points, plan={"total_steps": 10})
             reply = await asyncio.to_thread(worker.report, report)
             assert reply.directive == "continue"
             finish = Finish.model_validate(
@@ -156,7 +157,7 @@ async def test_watch__until_the_worker_is_done(terminal: Terminal, specs: str) -
 
 async def test_metrics_and_files__come_back_as_the_worker_gave_them(terminal: Terminal, specs: str) -> None:
     (job, _) = await terminal.json("submit", specs)
-    await terminal.succeed(job["id"], "encoder/config.json", "encoder/a b#%.bin", "result.json")
+    await terminal.succeed(job["id"], "encoder/config.json", "encoder/a b#%.bin")
     assert await terminal.json("metrics", "tokens", "--key", "loss") == [
         {"step": step, "key": "loss", "value": 1 / step} for step in range(1, 11)
     ]

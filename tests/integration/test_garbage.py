@@ -106,7 +106,7 @@ async def test_command__shows_then_removes(folder: tuple[Path, ControlPlane]) ->
     assert f"jobs/{job_id}: checkpoint at step 10; 3 files; 0.0 MB" in shown
     assert "--delete does it" in shown
     assert await steps(plane, job_id) == [10, 20, 30]
-    assert len(stored(plane, job_id)) == 7
+    assert len(stored(plane, job_id)) == 8
 
     document = json.loads(cim("--delete", "--json", CIM_DATA_DIR=str(data_dir)))
     (removed,) = document["garbage"]

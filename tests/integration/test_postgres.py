@@ -25,6 +25,7 @@ from service.db.upgrade import alembic_config, upgrade
 from service.dispatch import forwarder, observe
 from tests.fakes import lease_contract
 from tests.fakes.claim_contract import ClaimContract
+from tests.fakes.finish_contract import FinishContract
 from tests.fakes.job_machine import run_machine
 from tests.fakes.lease_contract import LeaseContract
 from tests.fakes.moves_contract import MovesContract, moved
@@ -83,6 +84,9 @@ class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...
+
+
+class TestFinish(FinishContract): ...
 
 
 class TestDetails(DetailContract): ...

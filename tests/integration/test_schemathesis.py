@@ -30,7 +30,7 @@ from schemathesis.specs.openapi.checks import (
 
 from service.contracts.tokens import claim_code
 from tests.fakes.served import served
-from tests.fakes.work_contract import checkpoint, running
+from tests.fakes.work_contract import checkpoint, running, success
 from tests.fakes.world import SECRET, World, open_world, token_of
 
 DOCUMENT = json.loads((Path(__file__).parents[1] / "golden" / "openapi.json").read_text())
@@ -84,7 +84,7 @@ async def fill(world: World, job_id: str) -> None:
     point = {"key": "loss", "step": 5, "value": 0.5}
     await world.report(job_id, 1, step=5, metrics=[point], files=[world.file(job_id, "samples/step-5.png")])
     await world.tell(job_id, 1, "checkpoints", checkpoint(world, job_id, attempt=1, step=5))
-    told = {"outcome": "succeeded", "step": 10, "total_steps": 10, "metrics": {"loss": 0.25}}
+    told = success(world, job_id, metrics={"loss": 0.25})
     assert (await world.tell(job_id, 1, "finish", told)).status_code == 200
 
 

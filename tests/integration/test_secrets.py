@@ -126,8 +126,8 @@ async def test_secrets__come_out_nowhere(
 ) -> None:
     def succeed(work: Work, store: JobStore) -> Outcome:
         shout(work, store)
-        file = store.put_bytes("tokenizer/config.json", b"{}")
-        return Outcome(stopped=False, step=10, total_steps=10, metrics={"loss": 1.0}, files=[file])
+        files = [store.put_bytes(path, b"{}") for path in ("tokenizer/config.json", "result.json")]
+        return Outcome(stopped=False, step=10, total_steps=10, metrics={"loss": 1.0}, files=files)
 
     def fail(work: Work, store: JobStore) -> Outcome:
         raise RuntimeError(f"the store refused {' '.join(shout(work, store))}")

@@ -2,6 +2,7 @@
 
 from tests.fakes.artifact_contract import ArtifactContract
 from tests.fakes.claim_contract import ClaimContract
+from tests.fakes.finish_contract import FinishContract
 from tests.fakes.moves_contract import MovesContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
@@ -24,6 +25,9 @@ class TestClaim(ClaimContract): ...
 
 
 class TestWork(WorkContract): ...
+
+
+class TestFinish(FinishContract): ...
 
 
 class TestDetails(DetailContract): ...

@@ -137,10 +137,51 @@ def test_running__silence_is_a_stall_and_the_last_report_restarts_the_clock() ->
     assert lost.kind is FailureKind.STALLED
 
 
-@pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING, S.STOPPING, S.RETRYING])
-def test_ray_away__nothing_is_concluded(state: S) -> None:
-    job = seen(state, since=ago(10_000), reported_at=ago(10_000), submitted=True)
+@pytest.mark.parametrize("state", [S.LAUNCHING, S.RUNNING, S.STOPPING])
+def test_ray_away__nothing_is_concluded_for_as_long_as_a_silence_is_borne(state: S) -> None:
+    job = seen(state, since=ago(59), reported_at=ago(59), submitted=True)
     assert decided(job, AWAY) == Keep()
+
+
+def test_ray_away__the_next_attempt_waits_for_its_answer() -> None:
+    assert decided(seen(S.RETRYING, since=ago(10_000), reported_at=ago(10_000)), AWAY) == Keep()
+
+
+def test_ray_away__a_worker_that_reports_goes_on_and_a_silent_one_is_stalled() -> None:
+    job = seen(S.RUNNING, since=ago(10_000), reported_at=ago(59), submitted=True)
+    assert decided(job, AWAY) == Keep()
+    lost = decided(replace(job, reported_at=ago(60)), AWAY)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.STALLED
+    assert "Ray does not answer" in lost.message
+
+
+def test_ray_away__a_launch_that_arrived_has_its_deadline_and_another_one_is_submitted_later() -> None:
+    job = seen(S.LAUNCHING, since=ago(99), submitted=True)
+    assert decided(job, AWAY) == Keep()
+    lost = decided(replace(job, since=ago(100)), AWAY)
+    assert isinstance(lost, Lost)
+    assert lost.kind is FailureKind.INFRASTRUCTURE
+    assert decided(replace(job, since=ago(10_000), submitted=False), AWAY) == Keep()
+
+
+@pytest.mark.parametrize(
+    ("desired", "used", "dst"),
+    [
+        (Desired.CANCEL, Usage(), S.CANCELLED),
+        (Desired.PAUSE, Usage(), S.PAUSED),
+        (Desired.RUN, SPENT, S.FAILED),
+    ],
+)
+def test_ray_away__a_stop_is_over_after_a_while_whatever_the_worker_says(
+    desired: Desired, used: Usage, dst: S
+) -> None:
+    job = seen(S.STOPPING, desired=desired, used=used, since=ago(59), reported_at=ago(1))
+    assert decided(job, AWAY) == Keep()
+    change = decided(replace(job, since=ago(60)), AWAY)
+    assert isinstance(change, Change)
+    assert change.dst is dst
+    assert "Ray does not answer" in change.reason
 
 
 def test_stopping__is_over_when_the_driver_is_gone() -> None:

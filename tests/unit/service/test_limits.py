@@ -11,7 +11,7 @@ from service.contracts.parsing import parse_all
 from service.contracts.problems import Problem
 from service.contracts.specs import MOST_LABELS
 from service.errors import InvalidSpecError
-from tests.fakes.work_contract import FINISH, running
+from tests.fakes.work_contract import running, success
 from tests.fakes.world import World
 from tests.unit.service.test_parsing import pretrain
 
@@ -155,8 +155,8 @@ async def test_numbers__beyond_those_of_a_database_are_refused(world: World, num
         ("report", {"progress": {}, "metrics": [point]}),
         ("report", {"progress": {}, "files": [entry]}),
         ("checkpoints", {"step": number, "prefix": "attempts/1/x", "files": []}),
-        ("finish", {**FINISH, "step": number}),
-        ("finish", {**FINISH, "total_steps": number}),
+        ("finish", success(world, job_id, step=number)),
+        ("finish", success(world, job_id, total_steps=number)),
     ):
         problem(await world.tell(job_id, 1, what, body), 400, 422)
     for address in (f"/v1/jobs/{job_id}/metrics?after_step={number - 2}", f"/v1/jobs?limit={number}"):

@@ -216,13 +216,14 @@ async def test_finished__a_driver_that_lingers_is_stopped_after_a_grace(plane: C
     assert (await plane.job(job_id)).state is S.SUCCEEDED
 
 
-async def test_ray_away__fails_nothing_and_the_waiting_say_so(plane: ControlPlane) -> None:
+async def test_ray_away__fails_nothing_that_reports_and_the_waiting_say_so(plane: ControlPlane) -> None:
     job_id = await running(plane)
     waiting = await plane.submit()
     plane.launcher.away = True
     reconciler = plane.reconciler()
     for _ in range(3):
         plane.advance(1000)
+        await plane.report(job_id, 1)
         await reconciler.run_once()
     assert (await plane.job(job_id)).state is S.RUNNING
     assert "cannot be asked" in (await plane.job(waiting)).reason

@@ -74,6 +74,18 @@ def test_calls__go_to_the_attempt_with_its_token(clock: Clock) -> None:
     assert bodies[2]["outcome"] == "succeeded"
 
 
+def test_commits__wait_longer_for_an_answer_the_more_bytes_the_service_has_to_read(clock: Clock) -> None:
+    server = Server(GO_ON)
+    files = [FileEntry(path=f"encoder/{n}", size=500_000_000, sha256="0" * 64) for n in range(4)]
+    with client_of(server, clock) as client:
+        client.report(Report(progress=Progress()))
+        client.commit_checkpoint(Checkpoint(step=3, prefix="p", files=files))
+        client.finish(Finish(outcome="succeeded", step=3, files=files[:1]))
+    waits = [request.extensions["timeout"] for request in server.requests]
+    assert [wait["read"] for wait in waits] == [30, 30 + 2_000_000_000 / 20e6, 30 + 500_000_000 / 20e6]
+    assert {wait["connect"] for wait in waits} == {5}
+
+
 PASSING: list[Answer] = [
     httpx.ConnectError("refused"),
     httpx.ReadTimeout("slow"),

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from ray.train.v2._internal.state.schema import RunSettings
 
-from service.client.errors import ApiError
+from service.client.errors import ApiError, api_error
 from service.contracts.jobs import FailureKind
 from service.contracts.problems import Problem
-from service.contracts.work import Assignment, StoreAddress
+from service.contracts.work import Assignment, Finish, StoreAddress
 from service.store.base import StoreError
 from service.store.directory import DirectoryStore
 from tests.fakes.work_client import FakeWork
@@ -75,6 +75,27 @@ def test_run__success_is_told_with_what_the_ranks_returned(
     assert work.reports[-1].progress.message == "starting 1 worker"
     logs = "".join(file.read_text() for file in (tmp_path / "store/jobs/ab/logs/attempt-1").iterdir())
     assert "succeeded at step 4" in [json.loads(line)["message"] for line in logs.splitlines()]
+
+
+def test_run__a_success_whose_files_the_service_does_not_find_is_a_failure_of_the_store(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take = work.finish
+
+    def look(finish: Finish) -> None:
+        take(finish)
+        if finish.outcome == "succeeded":
+            detail = "encoder/model.safetensors differs from its manifest"
+            raise api_error(Problem(title="", status=409, code="broken_manifest", detail=detail))
+
+    monkeypatch.setattr(work, "finish", look)
+    outcome = Outcome(stopped=False, step=4, total_steps=4)
+    assert run(work, settings, monkeypatch, ranks=outcome) is ExitCode.STORAGE
+    success, failure = work.finishes
+    assert (success.outcome, failure.outcome, failure.step) == ("succeeded", "failed", 4)
+    assert failure.failure is not None
+    assert failure.failure.kind is FailureKind.STORAGE
+    assert "encoder/model.safetensors differs" in failure.failure.message
 
 
 def test_run__a_success_waits_for_a_store_that_takes_no_log_lines(

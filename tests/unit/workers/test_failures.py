@@ -7,8 +7,9 @@ import torch
 from ray.train import ControllerError, WorkerGroupError
 
 from cim_core.errors import ConfigError, DataError, NonFiniteError
-from service.client.errors import StaleAttempt
+from service.client.errors import ApiError, StaleAttempt, api_error
 from service.contracts.jobs import FailureKind
+from service.contracts.problems import Problem
 from service.store.base import CorruptObjectError, StoreError, StoreFullError
 from tests.fakes.work_client import STALE
 from workers.failures import (
@@ -32,6 +33,10 @@ class HealthCheckFailedError(Exception):
         self.health_check_failure = failure
 
 
+def refused(code: str, detail: str) -> ApiError:
+    return api_error(Problem(title="", status=409, code=code, detail=detail))
+
+
 def group(*errors: Exception) -> WorkerGroupError:
     return WorkerGroupError("ranks failed", dict(enumerate(errors)))
 
@@ -48,6 +53,8 @@ def group(*errors: Exception) -> WorkerGroupError:
         (OSError(errno.ENOSPC, "No space left"), FailureKind.USER, "no space is left"),
         (StoreError("refused"), FailureKind.STORAGE, "refused"),
         (CorruptObjectError("differs"), FailureKind.STORAGE, "differs"),
+        (refused("broken_manifest", "encoder/x differs"), FailureKind.STORAGE, "encoder/x differs"),
+        (refused("attempt_claimed", "another one has it"), FailureKind.INFRASTRUCTURE, "another one"),
         (OSError(errno.EIO, "broken disk"), FailureKind.INFRASTRUCTURE, "OSError"),
         (RuntimeError("what is this"), FailureKind.INFRASTRUCTURE, "RuntimeError: what is this"),
     ],
