@@ -265,6 +265,30 @@ def test_corrupted__a_larger_picture_is_shrunk_without_aliasing() -> None:
     assert torch.allclose(cim.corrupt(tokens), expected)
 
 
+class CountingTokenizer(FakeTokenizer):
+    """Keeps how many images it was given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(vocab_size=16, stride=16)
+        self.encoded: list[int] = []
+        self.decoded: list[int] = []
+
+    def encode(self, images_B3HW: torch.Tensor) -> torch.Tensor:
+        self.encoded.append(len(images_B3HW))
+        return super().encode(images_B3HW)
+
+    def decode(self, ids_Bhw: torch.Tensor) -> torch.Tensor:
+        self.decoded.append(len(ids_Bhw))
+        return super().decode(ids_Bhw)
+
+
+def test_tokenizer__gets_as_many_images_as_a_portion_holds() -> None:
+    """A grid of 4 x 4 tokens of 16 pixels makes 64 x 64 pixels, of which 2**14 are four images."""
+    tokenizer = CountingTokenizer()
+    step(tiny_cim(tokenizer=tokenizer), num_images=9)
+    assert tokenizer.encoded == tokenizer.decoded == [4, 4, 1]
+
+
 @pytest.mark.parametrize("num_images", [32, 40], ids=["as many as pixels a side", "more"])
 def test_corrupted__does_not_depend_on_how_many_images_there_are(num_images: int) -> None:
     cim = tiny_cim()

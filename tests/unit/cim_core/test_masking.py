@@ -4,7 +4,7 @@ from typing import Literal
 import pytest
 import torch
 
-from cim_core.masking import block_mask, count_range, make_mask, random_mask
+from cim_core.masking import block_mask, count_range, make_mask, masked_positions, random_mask
 from cim_core.masking_config import MASKING, MaskingConfig
 from tests.unit.cim_core.cim_models import rng
 
@@ -164,3 +164,10 @@ def test_make_mask__depends_on_the_generator_alone(config: MaskingConfig) -> Non
     torch.manual_seed(2)
     assert torch.equal(first, make_mask(4, 14, config, rng(3)))
     assert not torch.equal(first, make_mask(4, 14, config, rng(4)))
+
+
+def test_masked_positions__are_the_places_of_the_true_ones_in_order() -> None:
+    mask = torch.tensor([[False, True, False], [False, False, False], [True, False, True]])
+    assert masked_positions(mask).tolist() == [1, 6, 8]
+    assert masked_positions(mask[:1]).tolist() == [1]
+    assert masked_positions(mask[:1]).dtype == torch.int64

@@ -95,6 +95,11 @@ def test_area_under_roc__is_a_half_where_one_kind_is_absent(*, kind: bool) -> No
     assert area_under_roc(torch.tensor([[0.1, 0.7]]), torch.full((1, 2), kind)).item() == 0.5
 
 
+@pytest.mark.parametrize(("scores", "expected"), [([0.7, 0.1], 1.0), ([0.1, 0.7], 0.0), ([0.4, 0.4], 0.5)])
+def test_area_under_roc__of_a_single_pair(scores: list[float], expected: float) -> None:
+    assert area_under_roc(torch.tensor([scores]), torch.tensor([[True, False]])).item() == expected
+
+
 def test_metrics__area_under_roc_is_of_the_logits_and_not_of_their_sign() -> None:
     _, _, metrics = judge(torch.where(REPLACED, 3.0, 1.0))
     assert metrics["revdet_auc"].item() == 1

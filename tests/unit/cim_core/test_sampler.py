@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+import torch
 
 from cim_core.data.sampler import Stream, epoch_order
 from cim_core.errors import ConfigError
@@ -50,3 +51,21 @@ def test_share__batch_that_cannot_be_divided(world_size: int, fits: int) -> None
         ConfigError, match=f"10 images cannot be divided equally among {world_size} parts.*use {fits}"
     ):
         Stream(num_images=10, batch_size=10, seed=0).batch(0, world_size=world_size)
+
+
+def test_epoch_order__is_drawn_once_though_batches_lie_across_its_border(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Shuffling a million places takes longer than a step, and each place is asked for by itself."""
+    real, drawn = torch.randperm, []
+
+    def shuffle(num_images: int, *, generator: torch.Generator) -> torch.Tensor:
+        drawn.append(num_images)
+        return real(num_images, generator=generator)
+
+    monkeypatch.setattr(torch, "randperm", shuffle)
+    epoch_order.cache_clear()
+    stream = Stream(num_images=10, batch_size=4, seed=0)
+    for step in (1, 2, 1, 2, 3):  # 2 has the last two of one epoch and the first two of the next
+        stream.batch(step)
+    assert drawn == [10, 10]

@@ -60,3 +60,14 @@ def test_sample_tokens__what_is_impossible_is_never_drawn(
 
 def test_sample_tokens__of_no_numbers_is_a_token_that_the_decoder_knows() -> None:
     assert sample_tokens(torch.full((2, 16), math.nan), 1.0, rng()).tolist() == [15, 15]
+
+
+def test_sample_tokens__parts_that_do_not_add_up_to_one_leave_no_gap_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch, "rand", lambda *size, generator: torch.full(size, 1 - 2**-24))
+    logits = torch.randn(200, 64, generator=rng(2))
+    logits[:, -1] = -math.inf
+    assert set(sample_tokens(logits, 1.0, rng()).tolist()) == {62}
+    totals = logits.softmax(dim=-1).cumsum(dim=-1)[:, -1]
+    assert totals.min() < 1 < totals.max()
