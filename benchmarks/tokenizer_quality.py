@@ -71,6 +71,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE[,...]")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--weight-decay", type=float, default=0.0)
     parser.add_argument("--crop-min", type=float, default=0.3)
     parser.add_argument("--val-images", type=int, default=512)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -87,7 +88,7 @@ def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, 
     }
     rate = {"learning_rate": given.pop("rate")} if "rate" in given else {}
     training = TokenizerTrainingConfig(
-        steps=options.steps, batch_size=options.batch, weight_decay=0.0, **rate,
+        steps=options.steps, batch_size=options.batch, weight_decay=options.weight_decay, **rate,
         precision=options.precision, crop_min=options.crop_min, seed=options.seed,
     )  # fmt: skip
     return replace(TokenizerConfig(), **given), training
