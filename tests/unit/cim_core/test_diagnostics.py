@@ -1,9 +1,11 @@
 """What a look at a run says, and that it leaves no trace."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -133,8 +135,8 @@ def test_diagnose__serves_any_method_that_has_an_enhancer() -> None:
 class Looking(tiny.Recorder):
     """Looks at the model whenever a picture is due."""
 
-    def __init__(self, folder: Path, cim: CIM) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, *, cim: CIM, stop_at: int | None = None) -> None:
+        super().__init__(folder, stop_at=stop_at)
         self.cim = cim
         self.found: list[dict[str, float]] = []
 
@@ -145,25 +147,29 @@ class Looking(tiny.Recorder):
 
 @pytest.mark.parametrize("config", [model_config(), DROPS, model_config(name="test_resnet")],
                          ids=["vit", "drop path", "cnn"])  # fmt: skip
-def test_run__is_bit_equal_with_and_without_looks(
-    config: ModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run__is_bit_equal_with_and_without_looks(config: ModelConfig, tmp_path: Path) -> None:
     images = tiny.write_images(tmp_path / "images", side=40)
     ends = []
     for looks in (True, False):
         before = torch.get_rng_state()
         cim = tiny_cim(config).train()
-        recorder = Looking(tmp_path / "out", cim) if looks else tiny.Recorder(tmp_path / "out")
-        monkeypatch.setattr(tiny, "Recorder", lambda *_, recorder=recorder, **__: recorder)
+        make_recorder: Callable[..., tiny.Recorder] = partial(Looking, cim=cim) if looks else tiny.Recorder
         task: Task[Views] = cim_task(cim, seed=0)
         views = ViewConfig(image_size=32, token_size=cim.grid * cim.tokenizer.stride)
-        tiny.run(images, tmp_path / "out", model=cim, task=task, config=tiny.training(steps=4), views=views)
-        monkeypatch.undo()
+        ran = tiny.run(
+            images,
+            tmp_path / "out",
+            model=cim,
+            task=task,
+            config=tiny.training(steps=4),
+            views=views,
+            make_recorder=make_recorder,
+        )
         gradients = {name: p.grad for name, p in cim.named_parameters() if p.grad is not None}
         ends.append((cim.state_dict(), gradients))
         assert torch.equal(torch.get_rng_state(), before)
         assert all(part.training for part in cim.modules())
-        assert not isinstance(recorder, Looking) or len(recorder.found) == 2
+        assert not looks or len(cast(Looking, ran.recorder).found) == 2
     (weights, grads), (plain_weights, plain_grads) = ends
     assert all(torch.equal(weights[name], plain_weights[name]) for name in plain_weights)
     assert grads.keys() == plain_grads.keys()

@@ -143,7 +143,7 @@ def train_killed(
     start = 0
     for cut in [*cuts, TOTAL]:
         piece = train_piece(
-            name, images, out, ranks=ranks, stop_at=cut + 1, recorder_type=Delayed,
+            name, images, out, ranks=ranks, stop_at=cut + 1, make_recorder=Delayed,
             checkpoint_steps=frozenset({cut, TOTAL}), **changes,
             resume=out / f"step-{start}" if start else None,
         )  # fmt: skip
@@ -160,7 +160,7 @@ def train_piece(name: str, images: Path, out: Path, *, ranks: int, **options: An
     module: nn.Module = model
     if ranks > 1:
         module = DistributedDataParallel(model, find_unused_parameters=name == "tiny")
-    keys = ("resume", "stop_at", "checkpoint_steps", "recorder_type")
+    keys = ("resume", "stop_at", "checkpoint_steps", "make_recorder")
     own = {key: options.pop(key) for key in keys if key in options}
     return run(
         images, out, model=model, task=task_of(name, module), config=training(**options),

@@ -4,7 +4,7 @@ The network has all that makes a resume hard: batch-norm buffers, dropout from t
 generator, noise from a passed generator, a shared parameter, and one that never gets a gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
@@ -186,7 +186,7 @@ def run(
     stop_at: int | None = None,
     no_sync: NoSync | None = None,
     checkpoint_steps: frozenset[int] | None = None,
-    recorder_type: type[Recorder] = Recorder,
+    make_recorder: Callable[..., Recorder] = Recorder,
 ) -> Run:
     """Train on this rank; checkpoints go below `out`, `resume` is the checkpoint to begin from.
 
@@ -203,7 +203,7 @@ def run(
     state = TrainState(model=model, optimizer=build_optimizer(model, config))
     if resume is not None:
         load_state(state, resume, fingerprint=FINGERPRINT)
-    recorder = recorder_type(out, stop_at=stop_at)
+    recorder = make_recorder(out, stop_at=stop_at)
     watched, course = Watched(task), plan(config, num_images=len(dataset))
     if checkpoint_steps is not None:
         course = replace(course, checkpoint_steps=checkpoint_steps)
