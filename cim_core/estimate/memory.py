@@ -24,9 +24,8 @@ class MemoryCost:
     gradients_bytes: int  # twice the weights with several workers, which exchange them in buckets
     optimizer_bytes: int
     activations_bytes: int  # the most that one forward pass holds, its images included
-    snapshot_bytes: (
-        int  # rank 0's copy for a checkpoint, on the host: beside the step where that is the device
-    )
+    # Rank 0's copy for a checkpoint, on the host: beside the step where that is the device.
+    snapshot_bytes: int
     peak_bytes: int  # the most that the device holds at any moment; not all of the above at once
 
 
