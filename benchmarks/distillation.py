@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
+from benchmarks.learning.finetuning import Output
 from benchmarks.timing import in_turns, median_ratio
 from cim_core.config import TokenizerConfig, TokenizerTrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, Views
@@ -38,17 +39,9 @@ from cim_core.tokenizers.network import map_pixels, unmap_pixels
 from cim_core.tokenizers.quantise import LOGIT_GAIN
 from cim_core.tokenizers.store import load_tokenizer, save_tokenizer
 from cim_core.tokenizers.task import tokenizer_task
+from cim_core.train import CPU
 
-CPU = torch.device("cpu")
 TIMED_IMAGES = 16
-
-
-@dataclass(frozen=True)
-class Output:
-    """What the loop wants of a pass."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 class DistillationTask:
