@@ -2,7 +2,7 @@
 
     python -m benchmarks.tokenizer_quality --train IMAGES --val IMAGES --steps 600 --set quantiser=relaxed
 
-Each `--set` (keys of the spec's `model`, comma between them; `rate=` is the learning rate) is one run.
+Each `--set` (keys of the spec's `model`, comma between them; `rate=` is the learning rate, `warmup=` its steps) is one run.
 A cosine over all steps; the numbers hold for the validation images, scaled and cut to the centre square.
 """
 
@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from cim_core.config import TokenizerConfig, TokenizerTrainingConfig
+from cim_core.config import Duration, TokenizerConfig, TokenizerTrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig
 from cim_core.data.index import scan
 from cim_core.engine.callbacks import StepReport
@@ -86,7 +86,9 @@ def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, 
     given: dict[str, Any] = {
         key: _value(value) for key, value in (part.split("=", 1) for part in text.split(",") if part)
     }
-    rate = {"learning_rate": given.pop("rate")} if "rate" in given else {}
+    rate: dict[str, Any] = {"learning_rate": given.pop("rate")} if "rate" in given else {}
+    if "warmup" in given:
+        rate["warmup"] = Duration(steps=given.pop("warmup"))
     training = TokenizerTrainingConfig(
         steps=options.steps, batch_size=options.batch, weight_decay=options.weight_decay, **rate,
         precision=options.precision, crop_min=options.crop_min, seed=options.seed,

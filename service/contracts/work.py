@@ -54,7 +54,8 @@ class Report(Stored):
     metrics: list[MetricPoint] = Field(default_factory=list)
     files: list[FileEntry] = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
     plan: dict[str, Plain | list[Plain]] | None = None  # the durations in steps, once they are known
-    idle_s: float = Field(default=0.0, ge=0)  # since the training last showed a sign of life
+    # Since the training last showed a sign of life; 1e9 s are 31 years, and still have a date.
+    idle_s: float = Field(default=0.0, ge=0, le=1e9)
 
 
 class ReportReply(Stored):

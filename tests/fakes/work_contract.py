@@ -128,6 +128,21 @@ class WorkContract:
         shown = (await world.show(job_id))["progress"]
         assert (shown["eta_s"], shown["message"]) == (None, "a\ufffdb")
 
+    @pytest.mark.parametrize("idle_s", ["-1", "1.1e9", "2.4e307", "1e999", "Infinity", "NaN"])
+    async def test_report__silence_that_has_no_date_is_refused(self, world: World, idle_s: str) -> None:
+        job_id = await running(world)
+        headers = {"Authorization": f"Bearer {token_of(job_id, 1)}", "Content-Type": "application/json"}
+        body = f'{{"progress": {{"step": 1}}, "idle_s": {idle_s}}}'
+        answer = await world.client.post(f"/v1/attempts/{job_id}/1/report", content=body, headers=headers)
+        assert answer.status_code == 422
+        (error,) = answer.json()["errors"]
+        assert error["path"] == "idle_s"
+
+    async def test_report__the_longest_silence_has_a_date(self, world: World) -> None:
+        job_id = await running(world)
+        answer = await world.tell(job_id, 1, "report", {"progress": {"step": 1}, "idle_s": 1e9})
+        assert answer.status_code == 200
+
     async def test_fence__an_earlier_attempt_may_write_nothing(self, world: World) -> None:
         job_id = await running(world)
         saved = checkpoint(world, job_id, attempt=1, step=5)
