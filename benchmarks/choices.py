@@ -34,7 +34,14 @@ from benchmarks.changes import Changes, changed
 from benchmarks.labelled import Labelled
 from benchmarks.records import append, read
 from cim_core.cim import CIM, StepOutput, build_cim
-from cim_core.config import EnhancerConfig, ModelConfig, ObjectiveConfig, TokenizerSource, TrainingConfig
+from cim_core.config import (
+    EnhancerConfig,
+    GeneratorConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    TokenizerSource,
+    TrainingConfig,
+)
 from cim_core.data.dataset import ImageDataset, ViewConfig, Views
 from cim_core.data.index import Index, scan
 from cim_core.data.loading import ImageLoader
@@ -60,6 +67,7 @@ UNTRAINED = "untrained"
 
 REVDET: Changes = {"model.objective.name": "revdet", "model.objective.weight": 1.0}
 RESNET_REVDET: Changes = {**REVDET, "model.enhancer": RESNET, "model.generator.width": 128}
+RESNET50_REVDET: Changes = {**RESNET_REVDET, "model.enhancer": dataclasses.replace(RESNET, name="resnet50")}
 UNSHARED: Changes = {"model.enhancer.shared_blocks": 0}
 
 # What each variant changes of the default. Relative positions share nothing: compare them with `sharing 0`.
@@ -98,6 +106,8 @@ VARIANTS: Mapping[str, Changes] = {
     "revdet, weight 10": {**REVDET, "model.objective.weight": 10.0},
     "resnet18 revdet": RESNET_REVDET,
     "resnet18 revdet bilinear": {**RESNET_REVDET, "model.objective.upsample": "bilinear"},
+    "resnet50 revdet": RESNET50_REVDET,
+    "resnet50 revdet bilinear": {**RESNET50_REVDET, "model.objective.upsample": "bilinear"},
 }
 
 
@@ -176,7 +186,7 @@ def judged(cim: CIM, batch: Views, *, seed: int) -> dict[str, float | None]:
     """What the last batch tells of the trained model: loss beside a constant's, gradients' ratio."""
     with torch.no_grad():
         output: StepOutput = cim(batch, generator=generator_for(seed, "bench", "judged"))
-    beside = float(output.losses[cim.config.objective.name] / constant_loss(cim, output))
+    beside = float(output.losses[cim.objective_name] / constant_loss(cim, output))
     norms = shared_gradients(cim, batch, generator=generator_for(seed, "bench", "judged"))
     ratio = norms["gradient_enhancer"] / norms["gradient_generator"] if norms else None
     return {"vs_constant": beside, "gradient_ratio": ratio}
@@ -298,6 +308,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--only", action="append", default=[], help="a variant's name; may be repeated")
     parser.add_argument("--json", action="store_true", help="print the new JSON lines instead of a table")
     return parser.parse_args()
@@ -307,12 +318,17 @@ def setup_of(given: argparse.Namespace) -> Setup:
     model = ModelConfig(
         tokenizer=TokenizerSource(source=given.tokenizer.name),
         enhancer=VIT,
+        generator=GeneratorConfig(),
         objective=ObjectiveConfig(name="respix", weight=10.0),
         image_size=given.size,
         patch_size=given.patch,
     )
     training = TrainingConfig(
-        steps=given.steps, batch_size=given.batch, learning_rate=given.rate, crop_min=0.3, precision="fp32"
+        steps=given.steps,
+        batch_size=given.batch,
+        learning_rate=given.rate,
+        crop_min=0.3,
+        precision=given.precision,
     )
     return Setup(
         images=scan(given.images),

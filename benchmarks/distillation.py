@@ -42,6 +42,7 @@ from cim_core.tokenizers.task import tokenizer_task
 from cim_core.train import CPU
 
 TIMED_IMAGES = 16
+RATE = 4e-3  # peak, for students of width 16 and 32
 
 
 class DistillationTask:
@@ -90,7 +91,7 @@ def main(words: list[str] | None = None) -> None:
     side = teacher.config.image_size
     views = ViewConfig(image_size=side, crop_min=given.crop_min)
     training = TokenizerTrainingConfig(
-        steps=1, batch_size=given.batch, weight_decay=0.0, crop_min=given.crop_min
+        steps=1, batch_size=given.batch, learning_rate=RATE, weight_decay=0.0, crop_min=given.crop_min
     )
     lesson = Lesson(
         teacher=teacher,

@@ -2,8 +2,9 @@
 
     python -m benchmarks.tokenizer_quality --train IMAGES --val IMAGES --steps 600 --set quantiser=relaxed
 
-Each `--set` (keys of the spec's `model`, comma between them; `rate=` is the learning rate, `warmup=` its steps) is one run.
-A cosine over all steps; the numbers hold for the validation images, scaled and cut to the centre square.
+Each `--set` (keys of the spec's `model`, comma between them) is one run; `rate=` is the peak learning rate,
+`warmup=` the steps up to it. A cosine over all steps; the numbers hold for the validation images, scaled
+and cut to the centre square.
 """
 
 import argparse
@@ -58,7 +59,7 @@ def main() -> None:
             model = train_tokenizer(options.train, config, training, on_step=watch)
         record = {"set": text, "seconds": round(time.perf_counter() - started), "steps": options.steps}
         record |= _measure(model, unseen, options.val_images)
-        record["collapse"] = collapse(record, vocab_size=config.vocab_size, quantiser=config.quantiser)
+        record["collapse"] = collapse(record, config)
         print(json.dumps(record | ({"curve": watch.curve} if options.curve else {})), flush=True)
         if options.out:
             _keep(model, unseen, options.out / (text.replace("/", "-") or "default"))

@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks.plain_step import PlainStep
 from benchmarks.step_cases import CPU_CASES, GPU_CASES, Case, cim_of, peer_of, peers, pictures
 from benchmarks.timing import Times, in_turns, median_ratio
-from cim_core.cim import CIM, sample_tokens, to_unit
+from cim_core.cim import CIM, sample_tokens
 from cim_core.config import TrainingConfig
 from cim_core.data.dataset import Views
 from cim_core.durations import plan
@@ -38,6 +38,7 @@ from cim_core.estimate.dry_run import MemoryMeter, multiplications
 from cim_core.masking import masked_positions
 from cim_core.objectives.base import Truth
 from cim_core.optim import build_optimizer
+from cim_core.pretraining import to_unit
 from cim_core.seeding import generator_for
 from cim_core.task import cim_task
 
@@ -227,7 +228,8 @@ def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
         with MemoryMeter() as meter:
             run()
-        return meter.peak_bytes
+        peak: int = meter.peak_bytes
+        return peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

@@ -61,7 +61,7 @@ def _finish(rank: Rank, model: DiscreteVAE, unseen: ImageDataset, outcome: Outco
         save_tokenizer(model, Path(folder))
         for entry in rank.store.put_folder("tokenizer", Path(folder)):
             rank.announce(entry)
-    collapsed = collapse(values, vocab_size=model.vocab_size, quantiser=model.config.quantiser)
+    collapsed = collapse(values, model.config)
     if collapsed:
         log.warning("%s", collapsed)
     outcome = dataclasses.replace(

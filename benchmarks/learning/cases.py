@@ -10,6 +10,7 @@ from torch import nn
 from cim_core.config import (
     DecoderConfig,
     EnhancerConfig,
+    GeneratorConfig,
     Method,
     ModelConfig,
     ObjectiveConfig,
@@ -64,7 +65,8 @@ def model_config(case: Case, *, image_size: int, patch_size: int) -> ModelConfig
     """What `case` trains, before changes that the command line asks for."""
     given: dict[str, Any] = {"method": case.method, "image_size": image_size, "patch_size": patch_size}
     if case.method == "cim":
-        given |= {"enhancer": case.enhancer, "objective": ObjectiveConfig(name=case.objective)}
+        objective = ObjectiveConfig(name=case.objective)
+        given |= {"enhancer": case.enhancer, "generator": GeneratorConfig(), "objective": objective}
     else:
         if case.method == "mae":
             given["decoder"] = MAE_DECODER

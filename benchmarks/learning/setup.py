@@ -18,7 +18,7 @@ from cim_core.data.index import Index, scan
 from cim_core.engine.precision import with_precision
 from cim_core.seeding import generator_for
 from cim_core.tokenizers.dvae import DiscreteVAE
-from cim_core.tokenizers.evaluate import evaluate_tokenizer
+from cim_core.tokenizers.evaluate import RATE_TIMES_WIDTH, evaluate_tokenizer
 from cim_core.tokenizers.store import load_tokenizer, save_tokenizer
 from cim_core.tokenizers.task import tokenizer_task
 
@@ -90,6 +90,7 @@ def make_tokenizer(folder: Path, given: argparse.Namespace, images: ImageDataset
         TokenizerTrainingConfig(
             steps=1,
             batch_size=min(TOKENIZER_BATCH, len(images)),
+            learning_rate=RATE_TIMES_WIDTH / config.width,
             weight_decay=0.0,
             crop_min=given.crop_min,
         ),

@@ -11,17 +11,15 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cim_core.config import Quantiser
+from cim_core.config import TokenizerConfig
 from cim_core.evaluation.ssim import WINDOW, ssim
 from cim_core.tokenizers.base import Tokenizer
 from cim_core.tokenizers.quantise import usage
 
 COLLAPSED = 0.1  # a perplexity below this share of the vocabulary
-# A fast encoder leaves the codebook of `vq` behind; the logits of `relaxed` have to outgrow the noise.
-_REMEDIES: Mapping[Quantiser, str] = {
-    "vq": "lower training.learning_rate",
-    "relaxed": "raise training.learning_rate or model.kl_weight",
-}
+# Peak rate times width: above it the first steps throw encoders off, far below it the logits of `relaxed`
+# do not outgrow the noise (docs/lab-log.md, 2026-11-28, widths 16 and 64).
+RATE_TIMES_WIDTH = 0.128
 MAX_ROWS = 8
 MIN_CELL = 128  # pixels; smaller pictures are enlarged by a whole factor
 TITLES = ("original", "reconstruction")
@@ -68,19 +66,23 @@ def evaluate_tokenizer(tokenizer: Tokenizer, batches: Iterable[Tensor]) -> Itera
     yield from ((name, value.item()) for name, value in usage(counts_V.double()).items())
 
 
-def collapse(metrics: Mapping[str, float], *, vocab_size: int, quantiser: Quantiser) -> str | None:
+def collapse(metrics: Mapping[str, float], config: TokenizerConfig) -> str | None:
     """What is wrong with a codebook of which hardly anything is used; None where it is sound.
 
     `metrics` holds `perplexity` and `codes_used`, as from `evaluate_tokenizer`, over many more tokens
     than codes.
     """
-    perplexity, bar = metrics["perplexity"], COLLAPSED * vocab_size
+    perplexity, bar = metrics["perplexity"], COLLAPSED * config.vocab_size
     if perplexity >= bar:
         return None
+    rate = (
+        f"bring training.learning_rate near {RATE_TIMES_WIDTH / config.width:.2g}, lengthen training.warmup"
+    )
+    remedies = f"{rate}, raise model.kl_weight" if config.quantiser == "relaxed" else rate
     return (
-        f"the codebook has collapsed: its {vocab_size} codes are used like {perplexity:.1f} even ones "
+        f"the codebook has collapsed: its {config.vocab_size} codes are used like {perplexity:.1f} even ones "
         f"(below {bar:.0f}; {metrics['codes_used']:.0%} occur at all), so tokens say little. Train "
-        f"longer, {_REMEDIES[quantiser]}, give a smaller model.vocab_size or more varied images"
+        f"longer, {remedies}, give a smaller model.vocab_size or more varied images"
     )
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from cim_core.config import Quantiser
+from cim_core.config import Quantiser, TokenizerConfig
 from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
 from cim_core.tokenizers.fake import FakeTokenizer
 from tests.unit.cim_core.test_ssim import theirs
@@ -51,21 +51,23 @@ def test_evaluate__images_smaller_than_a_window_have_no_ssim() -> None:
     ("perplexity", "told"), [(51.2, None), (51.1, "512 codes are used like 51.1"), (1.0, "4% occur at all")]
 )
 def test_collapse__is_told_below_a_tenth_of_the_vocabulary(perplexity: float, told: str | None) -> None:
-    said = collapse({"perplexity": perplexity, "codes_used": 0.04}, vocab_size=512, quantiser="vq")
+    said = collapse({"perplexity": perplexity, "codes_used": 0.04}, TokenizerConfig(vocab_size=512))
     assert said is None if told is None else told in str(said)
 
 
 @pytest.mark.parametrize(
-    ("quantiser", "advice"),
+    ("quantiser", "width", "advice"),
     [
-        ("vq", "Train longer, lower training.learning_rate, give"),
-        # Lab log, 2026-11-23: perplexity 10, 39, 66 at peak rates 1.5e-3, 4e-3, 8e-3; 76 with more KL.
-        ("relaxed", "Train longer, raise training.learning_rate or model.kl_weight, give"),
+        # Lab log, 2026-11-28: what throws a network of width 64 off is a good rate for one of width 16.
+        ("vq", 64, "learning_rate near 0.002, lengthen training.warmup, give"),
+        ("vq", 16, "learning_rate near 0.008, lengthen training.warmup, give"),
+        ("relaxed", 64, "learning_rate near 0.002, lengthen training.warmup, raise model.kl_weight, give"),
     ],
 )
-def test_collapse__advises_what_helps_this_quantiser(quantiser: Quantiser, advice: str) -> None:
-    said = collapse({"perplexity": 2.0, "codes_used": 0.04}, vocab_size=512, quantiser=quantiser)
-    assert advice in str(said)
+def test_collapse__advises_what_helps_this_quantiser(quantiser: Quantiser, width: int, advice: str) -> None:
+    config = TokenizerConfig(quantiser=quantiser, width=width)
+    said = collapse({"perplexity": 2.0, "codes_used": 0.04}, config)
+    assert f"Train longer, bring training.{advice}" in str(said)
 
 
 def test_evaluate__no_image_is_an_error() -> None:
