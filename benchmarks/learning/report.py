@@ -33,11 +33,30 @@ def row_name(record: Record) -> str:
 
 
 def grouped(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The seeds of each row, in order of first appearance."""
+    """The seeds of each row, in order of first appearance.
+
+    Runs of one name whose settings differ are no seeds of each other: their names get what differs.
+    """
+    settings: dict[str, list[Mapping[str, Any]]] = {}
+    records = list(records)
+    for record in records:
+        settings.setdefault(row_name(record), []).append(_setting(record))
     rows: dict[str, list[Record]] = {}
     for record in records:
-        rows.setdefault(row_name(record), []).append(record)
+        others = settings[row_name(record)]
+        differs = [
+            f", {key} {value}"
+            for key, value in _setting(record).items()
+            if any(other.get(key) != value for other in others)
+        ]
+        rows.setdefault(row_name(record) + "".join(differs), []).append(record)
     return rows
+
+
+def _setting(record: Record) -> dict[str, Any]:
+    """What runs that are averaged have in common."""
+    outer = {key: record[key] for key in ("size", "seconds", "images", "clock", "device") if key in record}
+    return outer | dict(record.get("training", {}))
 
 
 def table(records: Iterable[Record]) -> str:

@@ -295,6 +295,19 @@ def test_table__mean_and_deviation_over_seeds() -> None:
     assert lines[3] == "| pixels | 1 |  | 20.0 |"
 
 
+def test_table__other_settings_are_no_seeds_of_a_row() -> None:
+    """One mean over two learning rates would say nothing of either."""
+    rates = [(0, 1e-3, 0.1), (0, 3e-4, 0.2), (1, 3e-4, 0.4)]
+    made = [
+        record("mae", seed, knn=knn, training={"learning_rate": rate, "beta1": 0.9})
+        for seed, rate, knn in rates
+    ]
+    assert report.table(made).splitlines()[2:] == [
+        "| mae, learning_rate 0.001 | 1 | 10.0 |",
+        "| mae, learning_rate 0.0003 | 2 | 30.0 ± 14.1 |",
+    ]
+
+
 def test_table__labels_make_rows_of_their_own() -> None:
     made = [record("mae", 0, knn=0.1), {**record("mae", 0, knn=0.3), "label": "rate 3e-3"}]
     assert [line.split("|")[1].strip() for line in report.table(made).splitlines()[2:]] == [
