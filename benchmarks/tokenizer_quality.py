@@ -87,11 +87,11 @@ def _settings(text: str, options: argparse.Namespace) -> tuple[TokenizerConfig, 
     given: dict[str, Any] = {
         key: _value(value) for key, value in (part.split("=", 1) for part in text.split(",") if part)
     }
-    rate: dict[str, Any] = {"learning_rate": given.pop("rate")} if "rate" in given else {}
+    schedule: dict[str, Any] = {"learning_rate": given.pop("rate")} if "rate" in given else {}
     if "warmup" in given:
-        rate["warmup"] = Duration(steps=given.pop("warmup"))
+        schedule["warmup"] = Duration(steps=given.pop("warmup"))
     training = TokenizerTrainingConfig(
-        steps=options.steps, batch_size=options.batch, weight_decay=options.weight_decay, **rate,
+        steps=options.steps, batch_size=options.batch, weight_decay=options.weight_decay, **schedule,
         precision=options.precision, crop_min=options.crop_min, seed=options.seed,
     )  # fmt: skip
     return replace(TokenizerConfig(), **given), training

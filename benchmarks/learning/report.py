@@ -10,6 +10,21 @@ from benchmarks.learning.chart import line_chart
 
 Record = Mapping[str, Any]
 
+# What a record says of the call that made it: runs that differ in one of these are no seeds of each other.
+SETTING = (
+    "label",
+    "changes",
+    "size",
+    "training",
+    "seconds",
+    "tokenizer",
+    "images",
+    "labelled",
+    "finetuning",
+    "device",
+    "clock",
+)
+
 # Header, key of a record, factor, digits. What a row has no number for stays empty.
 COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("steps", "steps", 1, 0),
@@ -54,9 +69,10 @@ def grouped(records: Iterable[Record]) -> dict[str, list[Record]]:
 
 
 def _setting(record: Record) -> dict[str, Any]:
-    """What runs that are averaged have in common."""
-    outer = {key: record[key] for key in ("size", "seconds", "images", "clock", "device") if key in record}
-    return outer | dict(record.get("training", {}))
+    """What the seeds of a row have in common; the parts of the training by themselves."""
+    given = {name: record[name] for name in SETTING if name in record}
+    training: dict[str, Any] = given.pop("training", {})
+    return given | training
 
 
 def table(records: Iterable[Record]) -> str:

@@ -14,6 +14,7 @@ from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
 from benchmarks.learning.cases import CASES, Case, model_config, task_of
 from benchmarks.learning.finetuning import finetuned
 from benchmarks.learning.probing import MeanOverPositions, Probes, controls, probed
+from benchmarks.learning.report import SETTING
 from cim_core.config import ModelConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, collate
 from cim_core.data.sampler import SampleId
@@ -100,9 +101,7 @@ def runs(setting: Setting, *, methods: Sequence[str], seeds: int, done: set[str]
 
 def record_key(record: Mapping[str, Any]) -> str:
     """What makes a run this one: method, seed, and all that the call had in common."""
-    names = ("method", "seed", "label", "changes", "size", "training", "seconds", "tokenizer", "images")
-    more = ("labelled", "finetuning", "device", "clock")
-    return json.dumps({name: record[name] for name in (*names, *more)}, sort_keys=True)
+    return json.dumps({name: record[name] for name in ("method", "seed", *SETTING)}, sort_keys=True)
 
 
 def control(setting: Setting, method: str) -> dict[str, Any]:

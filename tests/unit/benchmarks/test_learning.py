@@ -308,6 +308,13 @@ def test_table__other_settings_are_no_seeds_of_a_row() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", report.SETTING[1:])
+def test_table__each_part_of_a_setting_tells_rows_apart(name: str) -> None:
+    values: list[Any] = [{"learning_rate": 1}, {"learning_rate": 2}] if name == "training" else [[1], [2]]
+    made = [record("mae", seed, knn=0.1, **{name: value}) for seed, value in enumerate(values)]
+    assert len(report.grouped(made)) == 2
+
+
 def test_table__labels_make_rows_of_their_own() -> None:
     made = [record("mae", 0, knn=0.1), {**record("mae", 0, knn=0.3), "label": "rate 3e-3"}]
     assert [line.split("|")[1].strip() for line in report.table(made).splitlines()[2:]] == [

@@ -5,8 +5,13 @@ import math
 import pytest
 import torch
 
-from cim_core.config import Quantiser, TokenizerConfig
-from cim_core.tokenizers.evaluate import collapse, evaluate_tokenizer, reconstruction_grid
+from cim_core.config import Quantiser, TokenizerConfig, TokenizerTrainingConfig
+from cim_core.tokenizers.evaluate import (
+    RATE_TIMES_WIDTH,
+    collapse,
+    evaluate_tokenizer,
+    reconstruction_grid,
+)
 from cim_core.tokenizers.fake import FakeTokenizer
 from tests.unit.cim_core.test_ssim import theirs
 
@@ -68,6 +73,10 @@ def test_collapse__advises_what_helps_this_quantiser(quantiser: Quantiser, width
     config = TokenizerConfig(quantiser=quantiser, width=width)
     said = collapse({"perplexity": 2.0, "codes_used": 0.04}, config)
     assert f"Train longer, bring training.{advice}" in str(said)
+
+
+def test_collapse__advises_the_default_rate_at_the_default_width() -> None:
+    assert TokenizerTrainingConfig(steps=1).learning_rate * TokenizerConfig().width == RATE_TIMES_WIDTH
 
 
 def test_evaluate__no_image_is_an_error() -> None:
