@@ -48,13 +48,18 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--size", type=int, default=64, help="pixels a side")
     parser.add_argument("--patch", type=int, default=8, help="pixels a token position")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help="peak learning rate of all methods; default: each its own, for batches of 16",
+    )
     parser.add_argument("--crop-min", type=float, default=0.3)
     parser.add_argument("--points", type=int, default=8, help="looks at the features during a training")
     parser.add_argument("--labelled", type=int, default=5000, help="labelled images of each set, at most")
     parser.add_argument("--finetune-seconds", type=float, default=60, help="0: no fine-tuning")
     parser.add_argument("--finetune-images", type=int, default=1000)
+    parser.add_argument("--finetune-rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument(
         "--tokenizer", type=Path, help="folder of a tokenizer, made where missing; default beside --out"
     )

@@ -49,34 +49,42 @@ class Setting:
     image_size: int
     patch_size: int
     training: TrainingConfig
+    rate: float | None  # peak of all methods; None: each has its own
     seconds: float
     points: int  # looks at the features during a training
     finetune_seconds: float  # 0: no fine-tuning
+    finetune_rate: float  # peak, for all methods the same
     finetune_images: ImageDataset
     clock: str = "wall"  # of CLOCKS
     label: str = ""
     changes: Changes = field(default_factory=dict)
 
-    def facts(self) -> dict[str, Any]:
+    def training_of(self, method: str) -> TrainingConfig:
+        """With the learning rate of `method`, one of METHODS."""
+        own = CASES[method].learning_rate if method in CASES else self.training.learning_rate
+        return dataclasses.replace(self.training, learning_rate=self.rate or own)
+
+    def facts(self, method: str) -> dict[str, Any]:
         """What the record of each run says of them, and what a finished run is known by."""
+        training = self.training_of(method)
         return {
             "label": self.label,
             "changes": dict(self.changes),
             "size": [self.image_size, self.patch_size],
-            "training": {k: v for k, v in vars(self.training).items() if k not in ("steps", "seed")},
+            "training": {k: v for k, v in vars(training).items() if k not in ("steps", "seed")},
             "seconds": self.seconds,
             "tokenizer": dict(self.tokenizer_facts),
             "images": len(self.images),
             "labelled": [len(part.index) for part in self.probes.full],
-            "finetuning": [self.finetune_seconds, len(self.finetune_images)],
+            "finetuning": [self.finetune_seconds, len(self.finetune_images), self.finetune_rate],
             "device": str(self.probes.device),
             "clock": self.clock,
         }
 
-    def both(self, case: Case, *, seed: int) -> Both:
+    def both(self, method: str, *, seed: int) -> Both:
         """The configuration of one run, changes included."""
-        model = model_config(case, image_size=self.image_size, patch_size=self.patch_size)
-        both: Both = changed(Both(model=model, training=self.training), self.changes)
+        model = model_config(CASES[method], image_size=self.image_size, patch_size=self.patch_size)
+        both: Both = changed(Both(model=model, training=self.training_of(method)), self.changes)
         return dataclasses.replace(both, training=dataclasses.replace(both.training, seed=seed))
 
     def dataset(self, source: ImageDataset, *, seed: int, tokens: bool) -> ImageDataset:
@@ -92,7 +100,7 @@ def runs(setting: Setting, *, methods: Sequence[str], seeds: int, done: set[str]
     pilots: dict[str, float] = {}
     for seed in range(seeds):
         for method in methods:
-            key = {"method": method, "seed": seed, **setting.facts()}
+            key = {"method": method, "seed": seed, **setting.facts(method)}
             if record_key(key) in done or (method in CONTROLS and seed > 0):
                 continue
             found = control(setting, method) if method in CONTROLS else run(setting, method, seed, pilots)
@@ -114,7 +122,7 @@ def control(setting: Setting, method: str) -> dict[str, Any]:
 def run(setting: Setting, method: str, seed: int, pilots: dict[str, float]) -> dict[str, Any]:
     """Train (or not) and measure. `pilots` keeps the seconds of a step for the other seeds."""
     case, device = CASES[method], setting.probes.device
-    both = setting.both(case, seed=seed)
+    both = setting.both(method, seed=seed)
     dataset = setting.dataset(setting.images, seed=seed, tokens=case.needs_tokenizer)
     tokenizer = setting.tokenizer if case.needs_tokenizer else None
     found: dict[str, Any] = {}
@@ -175,7 +183,8 @@ def _diagnosed(model: Pretraining, dataset: ImageDataset, *, seed: int) -> dict[
 def _finetuned(setting: Setting, both: Both, enhancer: Enhancer, *, seed: int) -> dict[str, float]:
     train_set = setting.dataset(setting.finetune_images, seed=seed, tokens=False)
     val_set = setting.probes.full[1].of(setting.image_size)
-    training = dataclasses.replace(both.training, batch_size=min(both.training.batch_size, len(train_set)))
+    batch = min(both.training.batch_size, len(train_set))
+    training = dataclasses.replace(both.training, batch_size=batch, learning_rate=setting.finetune_rate)
     return finetuned(
         enhancer,
         train_set,

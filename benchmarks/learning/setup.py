@@ -56,14 +56,15 @@ def setting_of(given: argparse.Namespace) -> Setting:
             TrainingConfig(
                 steps=1,  # of each run: its seconds divided by those of a step
                 batch_size=given.batch,
-                learning_rate=given.rate,
                 crop_min=given.crop_min,
             ),
             given.device,
         ),
+        rate=given.rate,
         seconds=given.seconds,
         points=given.points,
         finetune_seconds=given.finetune_seconds,
+        finetune_rate=given.finetune_rate,
         finetune_images=_pictures(thinned(train_index, given.finetune_images)),
         clock=given.clock,
         label=given.label,

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from benchmarks.changes import changed
 from benchmarks.learning import __main__ as command
-from benchmarks.learning import budget, chart, report, runs, setup
+from benchmarks.learning import budget, runs, setup
 from benchmarks.learning.budget import Course, num_steps
 from benchmarks.learning.cases import CASES, VIT, model_config, task_of
 from benchmarks.learning.finetuning import Classifier, ClassifyTask
@@ -233,7 +232,7 @@ def test_finetuning__labels_are_those_of_the_batch_and_the_encoder_is_a_copy(ima
 
 
 def fake_setting() -> Any:
-    return SimpleNamespace(facts=lambda: dict.fromkeys(FACTS, 0) | {"label": ""})
+    return SimpleNamespace(facts=lambda _: dict.fromkeys(FACTS, 0) | {"label": ""})
 
 
 FACTS = (
@@ -281,75 +280,17 @@ def test_records__a_cut_first_line_leaves_an_empty_file_to_go_on_with(tmp_path: 
     assert read(file) == [{"a": 1}]
 
 
-def record(method: str, seed: int, **values: Any) -> dict[str, Any]:
-    return {"method": method, "label": "", "seed": seed, **values}
+def test_rate__one_for_all_replaces_each_method_s_own() -> None:
+    methods = ("cim-revdet", "mae", "pixels")
 
+    def setting(rate: float | None) -> Any:
+        return SimpleNamespace(rate=rate, training=TrainingConfig(steps=1, learning_rate=0.7))
 
-def test_table__mean_and_deviation_over_seeds() -> None:
-    values = [0.30, 0.34, 0.41]
-    made = [record("mae", seed, knn=value, steps=1234) for seed, value in enumerate(values)]
-    lines = report.table([*made, record("pixels", 0, knn=0.2)]).splitlines()
-    assert lines[0] == "| method | seeds | steps | k-NN |"
-    mean, deviation = 100 * np.mean(values), 100 * np.std(values, ddof=1)
-    assert lines[2] == f"| mae | 3 | 1234 ± 0 | {mean:.1f} ± {deviation:.1f} |"
-    assert lines[3] == "| pixels | 1 |  | 20.0 |"
+    def rates(rate: float | None) -> list[float]:
+        return [runs.Setting.training_of(setting(rate), method).learning_rate for method in methods]
 
-
-def test_table__other_settings_are_no_seeds_of_a_row() -> None:
-    """One mean over two learning rates would say nothing of either."""
-    rates = [(0, 1e-3, 0.1), (0, 3e-4, 0.2), (1, 3e-4, 0.4)]
-    made = [
-        record("mae", seed, knn=knn, training={"learning_rate": rate, "beta1": 0.9})
-        for seed, rate, knn in rates
-    ]
-    assert report.table(made).splitlines()[2:] == [
-        "| mae, learning_rate 0.001 | 1 | 10.0 |",
-        "| mae, learning_rate 0.0003 | 2 | 30.0 ± 14.1 |",
-    ]
-
-
-@pytest.mark.parametrize("name", report.SETTING[1:])
-def test_table__each_part_of_a_setting_tells_rows_apart(name: str) -> None:
-    values: list[Any] = [{"learning_rate": 1}, {"learning_rate": 2}] if name == "training" else [[1], [2]]
-    made = [record("mae", seed, knn=0.1, **{name: value}) for seed, value in enumerate(values)]
-    assert len(report.grouped(made)) == 2
-
-
-def test_table__labels_make_rows_of_their_own() -> None:
-    made = [record("mae", 0, knn=0.1), {**record("mae", 0, knn=0.3), "label": "rate 3e-3"}]
-    assert [line.split("|")[1].strip() for line in report.table(made).splitlines()[2:]] == [
-        "mae",
-        "mae rate 3e-3",
-    ]
-
-
-def test_mean_curve__is_over_seeds_with_as_many_looks() -> None:
-    def curve(*values: float) -> list[dict[str, float]]:
-        return [{"step": n, "seconds": 10 * n, "knn": value} for n, value in enumerate(values)]
-
-    made = [record("mae", 0, curve=curve(0.1, 0.3)), record("mae", 1, curve=curve(0.3, 0.5))]
-    for found in (report.mean_curve(made), report.mean_curve([*made, record("mae", 2, curve=curve(0.9))])):
-        np.testing.assert_allclose(found, [(0, 20), (10, 40)])
-    assert report.mean_curve([record("random", 0, knn=0.3)]) == []
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 200, [0, 50, 100, 150, 200]), (31.2, 47.3, [30, 35, 40, 45, 50]), (3, 3, [2, 3, 4])],
-)
-def test_ticks__are_round_and_cover_all(low: float, high: float, expected: list[float]) -> None:
-    assert chart.ticks(low, high) == expected
-
-
-def test_chart__draws_each_line_where_its_points_are() -> None:
-    lines = {"a": [(0.0, 0.0), (100.0, 100.0)], "b": [(0.0, 100.0), (100.0, 100.0)]}
-    picture = np.asarray(chart.line_chart(lines, title="t", x_label="x", y_label="y"))
-    middle = ((chart.LEFT + chart.WIDTH - chart.RIGHT) // 2, (chart.TOP + chart.HEIGHT - chart.BOTTOM) // 2)
-    near = picture[middle[1] - 3 : middle[1] + 4, middle[0] - 3 : middle[0] + 4].reshape(-1, 3)
-    assert (near == chart.COLOURS[0]).all(axis=1).any()
-    assert not (near == chart.COLOURS[1]).all(axis=1).any()
-    top = picture[chart.TOP - 2 : chart.TOP + 3, middle[0]]
-    assert (top == chart.COLOURS[1]).all(axis=1).any()
+    assert rates(None) == [3e-4, 1e-3, 0.7]
+    assert rates(0.5) == [0.5, 0.5, 0.5]
 
 
 def test_command__set_needs_a_label(capsys: pytest.CaptureFixture[str]) -> None:
@@ -357,15 +298,30 @@ def test_command__set_needs_a_label(capsys: pytest.CaptureFixture[str]) -> None:
         command.main(["--train", "a", "--val", "b", "--set", "model.objective.weight=10"])
 
 
+def rates_of(monkeypatch: pytest.MonkeyPatch, name: str, *, place: int) -> list[float]:
+    """The peak learning rate of each call of `name` in runs, whose training is its argument `place`."""
+    real, seen = getattr(runs, name), list[float]()
+
+    def called(*words: Any, **options: Any) -> Any:
+        seen.append(words[place].learning_rate)
+        return real(*words, **options)
+
+    monkeypatch.setattr(runs, name, called)
+    return seen
+
+
 @pytest.mark.slow
 def test_command__small_run_is_done_once_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    trained_at = rates_of(monkeypatch, "train", place=3)
+    finetuned_at = rates_of(monkeypatch, "finetuned", place=3)
     folder = str(write_images(tmp_path / "images", count=24, side=40))
     out = tmp_path / "results.jsonl"
     words = ["--train", folder, "--val", folder, "--out", str(out), "--seconds", "0.1", "--seeds", "1"]
     words += ["--size", "32", "--batch", "4", "--points", "1", "--tokenizer-seconds", "0.1", "--threads", "1"]
     words += ["--tokenizer-width", "4", "--vocabulary", "8", "--finetune-seconds", "0.1"]
+    words += ["--finetune-rate", "0.002"]
     words += [
         "--methods",
         "pixels",
@@ -384,6 +340,10 @@ def test_command__small_run_is_done_once_and_reported(
     assert lines[3]["steps"] >= 1
     assert "revdet_auc" in lines[3]["metrics"]
     assert "train_seconds" not in lines[2]
+    own = [CASES[method].learning_rate for method in words[-3:]]
+    assert own[0] != own[1]
+    assert trained_at == own == [line["training"]["learning_rate"] for line in lines[3:]]
+    assert finetuned_at == [0.002] * 4
     command.main(words)
     assert out.read_text() == first
     assert "| resnet18-cim-respix | 1 |" in capsys.readouterr().out
