@@ -51,9 +51,11 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "cim-revdet": Case(method="cim", objective="revdet", learning_rate=3e-4),
         "generator-only": Case(method="cim", generator_alone=True),
         "beit": Case(method="beit"),
-        "simmim": Case(method="simmim", needs_tokenizer=False),
+        "simmim": Case(method="simmim", needs_tokenizer=False, learning_rate=3e-4),
         "mae": Case(method="mae", needs_tokenizer=False),
-        "simmim-long": Case(method="simmim", adds_tokenizer_seconds=True, needs_tokenizer=False),
+        "simmim-long": Case(
+            method="simmim", adds_tokenizer_seconds=True, needs_tokenizer=False, learning_rate=3e-4
+        ),
         "mae-long": Case(method="mae", adds_tokenizer_seconds=True, needs_tokenizer=False),
         "resnet18-random": Case(method="cim", enhancer=RESNET, trains=False),
         "resnet18-cim-respix": Case(method="cim", enhancer=RESNET),
