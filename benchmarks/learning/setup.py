@@ -83,9 +83,10 @@ def change(text: str) -> tuple[str, Any]:
 
 def make_tokenizer(folder: Path, given: argparse.Namespace, images: ImageDataset, unseen: Index) -> None:
     """Train a tokenizer for its seconds and leave it, with what that took, in `folder`."""
-    side = given.size // given.patch * given.stride
+    stride = given.stride or given.patch // 2
+    side = given.size // given.patch * stride
     config = TokenizerConfig(
-        image_size=side, stride=given.stride, width=given.tokenizer_width, vocab_size=given.vocabulary
+        image_size=side, stride=stride, width=given.tokenizer_width, vocab_size=given.vocabulary
     )
     training = with_precision(
         TokenizerTrainingConfig(

@@ -29,6 +29,7 @@ from cim_core.engine.callbacks import StepReport
 from cim_core.evaluation.features import extract, normalise
 from cim_core.methods import build_model
 from cim_core.tokenizers.dvae import DiscreteVAE
+from cim_core.tokenizers.store import load_tokenizer
 from tests.unit.cim_core.cim_models import model_config as small_config
 from tests.unit.cim_core.cim_models import tiny_cim
 from tests.unit.cim_core.tiny import CPU, write_images
@@ -340,6 +341,7 @@ def test_command__small_run_is_done_once_and_reported(
     assert lines[3]["steps"] >= 1
     assert "revdet_auc" in lines[3]["metrics"]
     assert "train_seconds" not in lines[2]
+    assert load_tokenizer(tmp_path / "results-tokenizer").stride == 4  # half of --patch
     own = [CASES[method].learning_rate for method in words[-3:]]
     assert own[0] != own[1]
     assert trained_at == own == [line["training"]["learning_rate"] for line in lines[3:]]
