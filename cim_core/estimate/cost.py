@@ -28,7 +28,6 @@ from cim_core.estimate.memory import MemoryCost, step_memory
 from cim_core.masking import count_range
 from cim_core.masking_config import MaskingConfig
 from cim_core.methods import build_model
-from cim_core.objectives.base import Truth
 from cim_core.peers.base import Peer
 from cim_core.pretraining import FAKE_SOURCE, Pretraining
 from cim_core.tokenizers.base import Tokenizer
@@ -161,11 +160,10 @@ def _cim_macs(cim: CIM) -> dict[str, int]:
     ids_Bhw = torch.empty(1, grid, grid, dtype=torch.int64)
     mask_BN = torch.empty(1, grid**2, dtype=torch.bool)
     features_BDhh = torch.empty(1, width, cim.enhancer.side, cim.enhancer.side)
-    truth = Truth(clean_B3HW=image_B3HW, mask_BN=mask_BN, replaced_BN=mask_BN)
     return {
         "enhancer": multiplications(lambda: cim.enhancer(image_B3HW)),
         "generator": multiplications(lambda: cim.generator(image_B3HW, mask_BN)),
-        "head": multiplications(lambda: cim.objective(features_BDhh, truth)),
+        "head": multiplications(lambda: cim.objective.head(features_BDhh)),
         "tokenizer_encode": multiplications(lambda: cim.tokenizer.encode(view_B3TT)),
         "tokenizer_decode": multiplications(lambda: cim.tokenizer.decode(ids_Bhw)),
     }

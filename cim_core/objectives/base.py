@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from cim_core.models.heads import UpscaleHead
+
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
@@ -31,6 +33,8 @@ class ObjectiveOutput:
 
 class Objective(nn.Module, ABC):
     """The enhancer's head and loss."""
+
+    head: UpscaleHead  # of features [B, D, h, h]; all that the objective trains
 
     @abstractmethod
     def forward(self, features_BDhh: Tensor, truth: Truth) -> ObjectiveOutput:

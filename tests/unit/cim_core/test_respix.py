@@ -6,7 +6,7 @@ from torch import Tensor
 
 from cim_core.config import ObjectiveConfig
 from cim_core.objectives.base import Truth
-from cim_core.objectives.respix import PatchStatistics, Respix, WindowStatistics, masked_mean
+from cim_core.objectives.respix import PatchStatistics, Respix, WindowStatistics, line_means, masked_mean
 
 
 def by_hand(image_CHW: Tensor, window: int, eps: float) -> tuple[Tensor, Tensor]:
@@ -21,14 +21,19 @@ def by_hand(image_CHW: Tensor, window: int, eps: float) -> tuple[Tensor, Tensor]
     return mean, deviation
 
 
-@pytest.mark.parametrize("window", [2, 3, 7, 8, 20])
+@pytest.mark.parametrize("window", [2, 3, 7, 8, 20, 64])
 def test_statistics__match_windows_by_hand(window: int) -> None:
     images = torch.rand(3, 3, 11, 13, generator=torch.Generator().manual_seed(0))
     mean, deviation = WindowStatistics(window)(images)
     for b in range(3):
         expected_mean, expected_deviation = by_hand(images[b], window, 1e-6)
         assert torch.allclose(mean[b].double(), expected_mean, atol=1e-6)
-        assert torch.allclose(deviation[b].double(), expected_deviation, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(deviation[b].double(), expected_deviation, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics__a_window_on_a_border_is_one_mean_of_what_it_covers() -> None:
+    lines_3x3 = line_means(3, 2, device=torch.device("cpu"))
+    assert lines_3x3.tolist() == [[0.5, 0.5, 0], [0, 0.5, 0.5], [0, 0, 1]]
 
 
 def test_statistics__an_even_window_reaches_further_right_and_down() -> None:
