@@ -83,11 +83,29 @@ def test_recipes__begin_with_what_they_are(recipe: Recipe) -> None:
 def counted(recipe: Recipe) -> Cost:
     """On a batch of two, since the cost of an image does not depend on it."""
     training = TrainingConfig(steps=1, batch_size=2, precision="fp32")
-    small = TypeAdapter(TokenizerConfig).validate_python(RECIPES["tokenizer-64"].spec["model"])
     if recipe.kind == "tokenizer":
-        return tokenizer_cost(small, training)
+        return tokenizer_cost(tokenizer_of(recipe), training)
     model = TypeAdapter(ModelConfig).validate_python(recipe.spec["model"])
-    return pretrain_cost(model, training, tokenizer=small)
+    before = None if recipe.name in PAPER else tokenizer_of(RECIPES[named_tokenizer(recipe)])
+    return pretrain_cost(model, training, tokenizer=before)
+
+
+def tokenizer_of(recipe: Recipe) -> TokenizerConfig:
+    return TypeAdapter(TokenizerConfig).validate_python(recipe.spec["model"])
+
+
+def named_tokenizer(recipe: Recipe) -> str:
+    return str(recipe.spec["model"]["tokenizer"]["source"].removeprefix("job:"))
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - set(PAPER)))
+def test_recipes__small_ones_want_a_tokenizer_of_half_a_patch(name: str) -> None:
+    """BEiT's ratio: 112 pixels for the tokenizer, 224 for the encoder."""
+    recipe = RECIPES[name]
+    if recipe.kind == "pretrain":
+        wanted = named_tokenizer(recipe)
+        assert f"wants a tokenizer job named {wanted}." in recipe.description
+        assert 2 * tokenizer_of(RECIPES[wanted]).stride == recipe.spec["model"]["patch_size"]
 
 
 @each
@@ -242,7 +260,7 @@ async def test_rest__lists_and_shows(world: World) -> None:
 async def test_rest__a_job_keeps_what_was_given_and_what_it_became(world: World) -> None:
     data = {"uri": str(world.images)}
     documents = [
-        own("tokenizer-64", name="tokenizer-64", data=data),
+        own("tokenizer-32", name="tokenizer-32", data=data),
         own("cim-vit-tiny-64-revdet", data=data, training={"steps": 3}),
     ]
     _, job = await world.submit(*documents)
