@@ -66,9 +66,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer-seconds", type=float, default=225)
     parser.add_argument("--tokenizer-width", type=int, default=32)
     parser.add_argument("--vocabulary", type=int, default=512)
-    parser.add_argument(
-        "--stride", type=int, help="pixels a token; default: half of --patch, as BEiT has it"
-    )
+    parser.add_argument("--stride", type=int, help="pixels a token; default: half of --patch, as BEiT has it")
     parser.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", help="as model.objective.weight=10"
     )
