@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-WIDTH, HEIGHT = 960, 560  # pixels
-LEFT, TOP, RIGHT, BOTTOM = 70, 40, 250, 50  # margins; the legend stands on the right
+HEIGHT = 560  # pixels
+LEFT, TOP, BOTTOM = 70, 40, 50  # margins
+RIGHT = 710  # edge of the plot; the legend stands behind it, as wide as its names
+LEGEND = 52  # pixels from that edge to the names
 INK, GRID, PAPER = (30, 30, 30), (225, 225, 225), (255, 255, 255)
 # Okabe and Ito's palette, which colour-blind eyes can tell apart; more lines than colours are dashed.
 COLOURS = (
@@ -27,16 +29,17 @@ def line_chart(
     lines: Mapping[str, Sequence[Point]], *, title: str, x_label: str, y_label: str
 ) -> Image.Image:
     """A picture of named lines, each a sequence of (x, y) in the order of x."""
-    canvas = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
-    draw = ImageDraw.Draw(canvas)
     font = ImageFont.load_default(size=13)
+    names = max((font.getlength(name) for name in lines), default=0)
+    canvas = Image.new("RGB", (RIGHT + LEGEND + math.ceil(names) + LEFT // 2, HEIGHT), PAPER)
+    draw = ImageDraw.Draw(canvas)
     points = [point for line in lines.values() for point in line]
     x_ticks = ticks(0.0, max((x for x, _ in points), default=1.0))
     y_ticks = ticks(min((y for _, y in points), default=0.0), max((y for _, y in points), default=1.0))
 
     def place(point: Point) -> Point:
         return (
-            _scaled(point[0], x_ticks, LEFT, WIDTH - RIGHT),
+            _scaled(point[0], x_ticks, LEFT, RIGHT),
             _scaled(point[1], y_ticks, HEIGHT - BOTTOM, TOP),
         )
 
@@ -46,17 +49,17 @@ def line_chart(
         draw.text((across, HEIGHT - BOTTOM + 6), f"{x:g}", fill=INK, font=font, anchor="mt")
     for y in y_ticks:
         up = place((0, y))[1]
-        draw.line([(LEFT, up), (WIDTH - RIGHT, up)], fill=GRID)
+        draw.line([(LEFT, up), (RIGHT, up)], fill=GRID)
         draw.text((LEFT - 6, up), f"{y:g}", fill=INK, font=font, anchor="rm")
     draw.text((LEFT, TOP // 2), title, fill=INK, font=ImageFont.load_default(size=15), anchor="lm")
-    draw.text(((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 12), x_label, fill=INK, font=font, anchor="mm")
+    draw.text(((LEFT + RIGHT) / 2, HEIGHT - 12), x_label, fill=INK, font=font, anchor="mm")
     draw.text((6, TOP - 8), y_label, fill=INK, font=font, anchor="lm")
     for number, (name, line) in enumerate(lines.items()):
         colour, dashed = COLOURS[number % len(COLOURS)], number >= len(COLOURS)
         _draw_line(draw, [place(point) for point in line], colour, dashed=dashed)
         height = TOP + 10 + 20 * number
-        _draw_line(draw, [(WIDTH - RIGHT + 15, height), (WIDTH - RIGHT + 45, height)], colour, dashed=dashed)
-        draw.text((WIDTH - RIGHT + 52, height), name, fill=INK, font=font, anchor="lm")
+        _draw_line(draw, [(RIGHT + 15, height), (RIGHT + 45, height)], colour, dashed=dashed)
+        draw.text((RIGHT + LEGEND, height), name, fill=INK, font=font, anchor="lm")
     return canvas
 
 

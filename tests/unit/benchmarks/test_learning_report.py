@@ -71,9 +71,18 @@ def test_ticks__are_round_and_cover_all(low: float, high: float, expected: list[
 def test_chart__draws_each_line_where_its_points_are() -> None:
     lines = {"a": [(0.0, 0.0), (100.0, 100.0)], "b": [(0.0, 100.0), (100.0, 100.0)]}
     picture = np.asarray(chart.line_chart(lines, title="t", x_label="x", y_label="y"))
-    middle = ((chart.LEFT + chart.WIDTH - chart.RIGHT) // 2, (chart.TOP + chart.HEIGHT - chart.BOTTOM) // 2)
+    middle = ((chart.LEFT + chart.RIGHT) // 2, (chart.TOP + chart.HEIGHT - chart.BOTTOM) // 2)
     near = picture[middle[1] - 3 : middle[1] + 4, middle[0] - 3 : middle[0] + 4].reshape(-1, 3)
     assert (near == chart.COLOURS[0]).all(axis=1).any()
     assert not (near == chart.COLOURS[1]).all(axis=1).any()
     top = picture[chart.TOP - 2 : chart.TOP + 3, middle[0]]
     assert (top == chart.COLOURS[1]).all(axis=1).any()
+
+
+@pytest.mark.parametrize("letters", [1, 80])
+def test_chart__long_names_are_not_cut(letters: int) -> None:
+    lines = {"m" * letters: [(0.0, 0.0), (1.0, 1.0)]}
+    picture = np.asarray(chart.line_chart(lines, title="", x_label="", y_label=""))
+    name = (picture[: chart.TOP + 20, chart.RIGHT + chart.LEGEND :] != 255).any(axis=(0, 2)).nonzero()[0]
+    assert letters * 8 < name[-1] - name[0] < letters * 16
+    assert (picture[:, -20:] == 255).all()
