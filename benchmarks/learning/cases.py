@@ -84,7 +84,10 @@ def task_of(case: Case, model: nn.Module, *, seed: int) -> Task[Views]:
 
 
 class GeneratorAlone:
-    """CIM without the enhancer's loss. Its pass is still made, so that as many steps fit into a second."""
+    """CIM without the enhancer's loss.
+
+    Its pass is still made, its own blocks have no backward pass: more steps fit into a second.
+    """
 
     def __init__(self, task: Task[Views]) -> None:
         self._task = task
