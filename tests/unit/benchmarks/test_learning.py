@@ -19,6 +19,7 @@ from benchmarks.learning.budget import Course, num_steps
 from benchmarks.learning.cases import CASES, VIT, model_config, task_of
 from benchmarks.learning.finetuning import Classifier, ClassifyTask
 from benchmarks.learning.probing import MeanOverPositions, Pixels, TokenizerMap, recalibrated
+from benchmarks.learning.report import SETTING
 from benchmarks.records import append, read
 from cim_core.config import TokenizerConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, collate
@@ -233,21 +234,7 @@ def test_finetuning__labels_are_those_of_the_batch_and_the_encoder_is_a_copy(ima
 
 
 def fake_setting() -> Any:
-    return SimpleNamespace(facts=lambda _: dict.fromkeys(FACTS, 0) | {"label": ""})
-
-
-FACTS = (
-    "changes",
-    "size",
-    "training",
-    "seconds",
-    "tokenizer",
-    "images",
-    "labelled",
-    "finetuning",
-    "device",
-    "clock",
-)
+    return SimpleNamespace(facts=lambda _: dict.fromkeys(SETTING, 0) | {"label": ""})
 
 
 def made_runs(done: set[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
