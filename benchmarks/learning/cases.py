@@ -44,6 +44,8 @@ class Case:
 # Two thirds of the width and of the depth of the encoder, as in the paper. Its own decoder, 512 wide, would
 # be 97 % of the arithmetic beside an encoder of 192, and leave MAE few steps.
 MAE_DECODER = DecoderConfig(depth=4, width=128, heads=4)
+SIMMIM = Case(method="simmim", needs_tokenizer=False, learning_rate=3e-4)
+MAE = Case(method="mae", needs_tokenizer=False)
 CASES: Mapping[str, Case] = MappingProxyType(
     {
         "random": Case(method="cim", trains=False),
@@ -51,12 +53,10 @@ CASES: Mapping[str, Case] = MappingProxyType(
         "cim-revdet": Case(method="cim", objective="revdet", learning_rate=3e-4),
         "generator-only": Case(method="cim", generator_alone=True),
         "beit": Case(method="beit"),
-        "simmim": Case(method="simmim", needs_tokenizer=False, learning_rate=3e-4),
-        "mae": Case(method="mae", needs_tokenizer=False),
-        "simmim-long": Case(
-            method="simmim", adds_tokenizer_seconds=True, needs_tokenizer=False, learning_rate=3e-4
-        ),
-        "mae-long": Case(method="mae", adds_tokenizer_seconds=True, needs_tokenizer=False),
+        "simmim": SIMMIM,
+        "mae": MAE,
+        "simmim-long": replace(SIMMIM, adds_tokenizer_seconds=True),
+        "mae-long": replace(MAE, adds_tokenizer_seconds=True),
         "resnet18-random": Case(method="cim", enhancer=RESNET, trains=False),
         "resnet18-cim-respix": Case(method="cim", enhancer=RESNET),
         "resnet18-cim-revdet": Case(method="cim", enhancer=RESNET, objective="revdet", learning_rate=3e-4),

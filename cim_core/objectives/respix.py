@@ -42,15 +42,11 @@ class WindowStatistics(nn.Module):
             # E[x^2] - E[x]^2 cancels; it does so least where the image's own mean is taken off first.
             offset_BC11 = x.mean(dim=(2, 3), keepdim=True)
             x = x - offset_BC11
-            mean = self._window_mean(x)
-            variance = (self._window_mean(x.square()) - mean.square()).clamp(min=0)
+            sides, device = x.shape[2:], x.device
+            rows_HH, columns_WW = (line_means(side, self.window, device=device) for side in sides)
+            mean = rows_HH @ x @ columns_WW.T
+            variance = (rows_HH @ x.square() @ columns_WW.T - mean.square()).clamp(min=0)
             return mean + offset_BC11, (variance + self.eps).sqrt()
-
-    def _window_mean(self, x_BCHW: Tensor) -> Tensor:
-        sides, device = x_BCHW.shape[2:], x_BCHW.device
-        rows_HH, columns_WW = (line_means(side, self.window, device=device) for side in sides)
-        mean_BCHW: Tensor = rows_HH @ x_BCHW @ columns_WW.T
-        return mean_BCHW
 
 
 def line_means(side: int, window: int, *, device: torch.device) -> Tensor:
