@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
@@ -24,6 +24,12 @@ VIT = EnhancerConfig(
     name="vit_tiny_patch16_224", options={"depth": 6, "embed_dim": 192, "num_heads": 3}, shared_blocks=2
 )
 RESNET = EnhancerConfig(name="resnet18", shared_blocks=0)
+RESNET_GENERATOR = GeneratorConfig(width=192, heads=3)  # as wide as the ViT's: it costs the same beside both
+GENERATOR = GeneratorConfig()
+RESPIX = ObjectiveConfig(name="respix")
+REVDET = ObjectiveConfig(name="revdet")
+# With a window of 8 pixels, one token at 64 pixels, a CNN stayed at random weights (docs/lab-log.md, 2026-11-28).
+RESPIX_WIDE = ObjectiveConfig(name="respix", window=32)
 TOKENIZER = TokenizerSource(source="benchmark")
 
 
@@ -33,7 +39,8 @@ class Case:
 
     method: Method
     enhancer: EnhancerConfig = VIT
-    objective: Literal["respix", "revdet"] = "respix"  # of cim
+    objective: ObjectiveConfig = RESPIX  # of cim
+    generator: GeneratorConfig = GENERATOR  # of cim
     trains: bool = True
     generator_alone: bool = False  # the enhancer's loss is left out; shared layers still learn
     needs_tokenizer: bool = True
@@ -44,22 +51,23 @@ class Case:
 # Two thirds of the width and of the depth of the encoder, as in the paper. Its own decoder, 512 wide, would
 # be 97 % of the arithmetic beside an encoder of 192, and leave MAE few steps.
 MAE_DECODER = DecoderConfig(depth=4, width=128, heads=4)
+CNN = Case(method="cim", enhancer=RESNET, generator=RESNET_GENERATOR)
 SIMMIM = Case(method="simmim", needs_tokenizer=False, learning_rate=3e-4)
 MAE = Case(method="mae", needs_tokenizer=False)
 CASES: Mapping[str, Case] = MappingProxyType(
     {
         "random": Case(method="cim", trains=False),
         "cim-respix": Case(method="cim"),
-        "cim-revdet": Case(method="cim", objective="revdet", learning_rate=3e-4),
+        "cim-revdet": Case(method="cim", objective=REVDET, learning_rate=3e-4),
         "generator-only": Case(method="cim", generator_alone=True),
         "beit": Case(method="beit"),
         "simmim": SIMMIM,
         "mae": MAE,
         "simmim-long": replace(SIMMIM, adds_tokenizer_seconds=True),
         "mae-long": replace(MAE, adds_tokenizer_seconds=True),
-        "resnet18-random": Case(method="cim", enhancer=RESNET, trains=False),
-        "resnet18-cim-respix": Case(method="cim", enhancer=RESNET),
-        "resnet18-cim-revdet": Case(method="cim", enhancer=RESNET, objective="revdet", learning_rate=3e-4),
+        "resnet18-random": replace(CNN, trains=False),
+        "resnet18-cim-respix": replace(CNN, objective=RESPIX_WIDE),
+        "resnet18-cim-revdet": replace(CNN, objective=REVDET),
     }
 )
 
@@ -68,13 +76,22 @@ def model_config(case: Case, *, image_size: int, patch_size: int) -> ModelConfig
     """What `case` trains, before changes that the command line asks for."""
     given: dict[str, Any] = {"method": case.method, "image_size": image_size, "patch_size": patch_size}
     if case.method == "cim":
-        objective = ObjectiveConfig(name=case.objective)
-        given |= {"enhancer": case.enhancer, "generator": GeneratorConfig(), "objective": objective}
+        enhancer = case.enhancer if case.enhancer is VIT else with_map_of(case.enhancer, patch_size)
+        given |= {"enhancer": enhancer, "generator": case.generator, "objective": case.objective}
     else:
         if case.method == "mae":
             given["decoder"] = MAE_DECODER
         given["enhancer"] = replace(case.enhancer, shared_blocks=None)  # there is no generator to share with
     return ModelConfig(**given, tokenizer=TOKENIZER if case.needs_tokenizer else None)
+
+
+def with_map_of(cnn: EnhancerConfig, patch_size: int) -> EnhancerConfig:
+    """With a last map as fine as the tokens, as far as timm can: a stride of 8, 16 or 32 pixels.
+
+    At stride 32 a picture of 64 pixels ends as 2 x 2 positions, and REVDET stays at chance.
+    """
+    stride = max(size for size in (8, 16, 32) if size <= max(patch_size, 8))
+    return replace(cnn, options={**cnn.options, "output_stride": stride})
 
 
 def task_of(case: Case, model: nn.Module, *, seed: int) -> Task[Views]:

@@ -29,6 +29,7 @@ from cim_core.data.sampler import SampleId
 from cim_core.engine.callbacks import StepReport
 from cim_core.evaluation.features import extract, normalise
 from cim_core.methods import build_model
+from cim_core.models.enhancer import Enhancer
 from cim_core.tokenizers.dvae import DiscreteVAE
 from cim_core.tokenizers.store import load_tokenizer
 from tests.unit.cim_core.cim_models import model_config as small_config
@@ -163,6 +164,19 @@ def test_cases__all_vits_begin_with_the_weights_of_random() -> None:
     for state in weights.values():
         assert state.keys() == expected.keys()
         assert all(torch.equal(state[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size", "side"), [(64, 8, 8), (64, 16, 4), (64, 4, 8), (96, 48, 3)]
+)
+def test_cases__map_of_a_cnn_is_as_fine_as_its_tokens_or_as_timm_can(
+    image_size: int, patch_size: int, side: int
+) -> None:
+    for name, case in CASES.items():
+        if case.enhancer is not VIT:
+            config = model_config(case, image_size=image_size, patch_size=patch_size)
+            enhancer = Enhancer(config.enhancer, image_size=image_size, patch_size=patch_size)
+            assert enhancer.side == side, name
 
 
 def test_cases__only_methods_without_tokenizer_are_given_its_seconds() -> None:
