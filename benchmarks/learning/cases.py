@@ -28,7 +28,7 @@ RESNET_GENERATOR = GeneratorConfig(width=192, heads=3)  # as wide as the ViT's: 
 GENERATOR = GeneratorConfig()
 RESPIX = ObjectiveConfig(name="respix")
 REVDET = ObjectiveConfig(name="revdet")
-# With a window of 8 pixels, one token at 64 pixels, a CNN stayed at random weights (docs/lab-log.md, 2026-11-28).
+# With a window of 8 pixels, a token of 64, a CNN stayed at random weights (docs/lab-log.md, 2026-11-28).
 RESPIX_WIDE = ObjectiveConfig(name="respix", window=32)
 TOKENIZER = TokenizerSource(source="benchmark")
 
