@@ -117,8 +117,11 @@ def cut(image: Image.Image, box: Box, side: int, *, resample: Image.Resampling) 
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """RGB picture to uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+    """RGB picture to uint8 [3, H, W].
+
+    Turned by numpy: torch takes longer, and keeps helpers of a loader's thread (`cim_core.engine.state`).
+    """
+    return torch.from_numpy(np.array(image).transpose(2, 0, 1).copy())
 
 
 def _largest_box(width: int, height: int) -> Box:

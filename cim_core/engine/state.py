@@ -21,6 +21,7 @@ from cim_core.errors import CheckpointMismatchError, NonFiniteError
 
 TENSORS, RECORD = "state.safetensors", "state.json"
 FORMAT = 1
+UNSHARED = 2**14  # numbers; torch shares out from twice as many
 # Settings that came later, and what stood for them before: a checkpoint without them is no other run's.
 ADDED = {"model.method": "cim"}
 
@@ -127,12 +128,22 @@ def load_state(state: TrainState, folder: Path, *, fingerprint: Mapping[str, Any
 def _check_finite(tensors: Mapping[str, Tensor], *, step: int) -> None:
     """On the host: batch norm's statistics and a codebook can break although loss and gradient are finite."""
     for name, tensor in tensors.items():
-        # The sum costs a thirtieth of the look at each number, and hides nothing; it may overflow by itself.
-        if tensor.is_floating_point() and not tensor.sum().isfinite() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise NonFiniteError(
                 f"step {step}: {name} is not finite although the loss was; no checkpoint was made of it."
                 " Go on from the one before with a lower training.learning_rate or in fp32"
             )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """In portions that torch does not share out among helpers.
+
+    A thread that shared out once keeps its helpers, and as long as it lives each operation of the training
+    on a CPU is slower by a quarter (docs/lab-log.md, 2026-11-28).
+    """
+    # The sum costs a thirtieth of the look at each number, and hides nothing; it may overflow by itself.
+    portions = tensor.flatten().split(UNSHARED)
+    return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in portions)
 
 
 def _model_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
