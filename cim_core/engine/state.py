@@ -142,7 +142,7 @@ def _is_finite(tensor: Tensor) -> bool:
     on a CPU is slower by a quarter (docs/lab-log.md, 2026-11-28).
     """
     # The sum costs a thirtieth of the look at each number, and hides nothing; it may overflow by itself.
-    portions = tensor.flatten().split(UNSHARED)
+    portions = torch.split(tensor.flatten(), UNSHARED)
     return all(bool(part.sum().isfinite()) or bool(part.isfinite().all()) for part in portions)
 
 
