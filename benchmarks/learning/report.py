@@ -23,6 +23,7 @@ SETTING = (
     "finetuning",
     "device",
     "clock",
+    "model",  # a digest; records made before there was one have none
 )
 
 # Header, key of a record, factor, digits. What a row has no number for stays empty.

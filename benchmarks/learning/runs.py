@@ -1,6 +1,7 @@
 """One run after the other: train a method for its seconds, probe what it learned, give the record."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Setting:
     def facts(self, method: str) -> dict[str, Any]:
         """What the record of each run says of them, and what a finished run is known by."""
         training = self.training_of(method)
+        # A method's own model can change from one version of this benchmark to the next.
+        model = dataclasses.asdict(self.both(method, seed=0).model) if method in CASES else None
         return {
             "label": self.label,
             "changes": dict(self.changes),
@@ -79,6 +82,7 @@ class Setting:
             "finetuning": [self.finetune_seconds, len(self.finetune_images), self.finetune_rate],
             "device": str(self.probes.device),
             "clock": self.clock,
+            "model": digest(model) if model else None,
         }
 
     def both(self, method: str, *, seed: int) -> Both:
@@ -109,7 +113,12 @@ def runs(setting: Setting, *, methods: Sequence[str], seeds: int, done: set[str]
 
 def record_key(record: Mapping[str, Any]) -> str:
     """What makes a run this one: method, seed, and all that the call had in common."""
-    return json.dumps({name: record[name] for name in ("method", "seed", *SETTING)}, sort_keys=True)
+    return json.dumps({name: record.get(name) for name in ("method", "seed", *SETTING)}, sort_keys=True)
+
+
+def digest(tree: Mapping[str, Any]) -> str:
+    """Eight digits that tell two trees of plain values apart."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def control(setting: Setting, method: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The comparison of methods: seconds become steps, runs survive a cut, means and spreads are right."""
 
+import dataclasses
 import itertools
 import json
 import time
@@ -16,12 +17,12 @@ from benchmarks.changes import changed
 from benchmarks.learning import __main__ as command
 from benchmarks.learning import budget, runs, setup
 from benchmarks.learning.budget import Course, num_steps
-from benchmarks.learning.cases import CASES, VIT, model_config, task_of
+from benchmarks.learning.cases import CASES, RESPIX_WIDE, VIT, Case, model_config, task_of
 from benchmarks.learning.finetuning import Classifier, ClassifyTask
 from benchmarks.learning.probing import MeanOverPositions, Pixels, TokenizerMap, recalibrated
 from benchmarks.learning.report import SETTING
 from benchmarks.records import append, read
-from cim_core.config import TokenizerConfig, TrainingConfig
+from cim_core.config import ModelConfig, TokenizerConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, collate
 from cim_core.data.index import scan
 from cim_core.data.loading import ImageLoader
@@ -351,3 +352,14 @@ def test_command__small_run_is_done_once_and_reported(
     assert out.read_text() == first
     assert "| resnet18-cim-respix | 1 |" in capsys.readouterr().out
     assert out.with_suffix(".png").stat().st_size > 1000
+
+    def of_later_code(case: Case, **sizes: int) -> ModelConfig:
+        return dataclasses.replace(model_config(case, **sizes), objective=RESPIX_WIDE)
+
+    monkeypatch.setattr(runs, "model_config", of_later_code)
+    command.main([*words[:-6], "random"])
+    again = json.loads(out.read_text().splitlines()[-1])
+    assert out.read_text().startswith(first)
+    assert again["method"] == "random"
+    assert again["model"] != lines[2]["model"]
+    assert f"| random, model {again['model']} | 1 |" in capsys.readouterr().out
