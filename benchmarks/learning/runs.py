@@ -68,8 +68,6 @@ class Setting:
     def facts(self, method: str) -> dict[str, Any]:
         """What the record of each run says of them, and what a finished run is known by."""
         training = self.training_of(method)
-        # A method's own model can change from one version of this benchmark to the next.
-        model = dataclasses.asdict(self.both(method, seed=0).model) if method in CASES else None
         return {
             "label": self.label,
             "changes": dict(self.changes),
@@ -82,7 +80,8 @@ class Setting:
             "finetuning": [self.finetune_seconds, len(self.finetune_images), self.finetune_rate],
             "device": str(self.probes.device),
             "clock": self.clock,
-            "model": digest(model) if model else None,
+            # A method's own model can change from one version of this benchmark to the next.
+            "model": digest(self.both(method, seed=0).model) if method in CASES else None,
         }
 
     def both(self, method: str, *, seed: int) -> Both:
@@ -116,9 +115,9 @@ def record_key(record: Mapping[str, Any]) -> str:
     return json.dumps({name: record.get(name) for name in ("method", "seed", *SETTING)}, sort_keys=True)
 
 
-def digest(tree: Mapping[str, Any]) -> str:
-    """Eight digits that tell two trees of plain values apart."""
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+def digest(model: ModelConfig) -> str:
+    """Eight digits that tell two models apart."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(model), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def control(setting: Setting, method: str) -> dict[str, Any]:
