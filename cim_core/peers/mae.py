@@ -1,7 +1,7 @@
 """Masked Autoencoder (arXiv 2111.06377): encode the visible quarter, decode the rest with a small ViT.
 
-Facts checked against the paper and its code (facebookresearch/mae, `models_mae.py`) are listed in
-docs/method.md, with what is ours.
+Each fact of it, with where it was looked up (its code is `models_mae.py` of facebookresearch/mae) and what is
+ours, is in docs/method.md.
 
 Shape letters in this file:
     B  images on this rank      N  positions of an image      D  encoder width      d  decoder width

@@ -1,7 +1,7 @@
 """SimMIM (arXiv 2111.09886): regress the pixels of large masked squares with one linear layer.
 
-Facts checked against the paper and its code (microsoft/SimMIM, `models/simmim.py`, `data/data_simmim.py`)
-are listed in docs/method.md, with what is ours.
+Each fact of it, with where it was looked up (its code is `models/simmim.py` and `data/data_simmim.py` of
+microsoft/SimMIM) and what is ours, is in docs/method.md.
 
 Shape letters in this file:
     B  images on this rank      N  positions of an image      D  encoder width

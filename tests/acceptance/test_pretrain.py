@@ -17,6 +17,14 @@ CASES = [
     for objective in ("respix", "revdet")
 ]
 
+# What explains a run (docs/method.md).
+COMMON = {"mim_loss", "mim_accuracy", "entropy", "replaced_share", "diag_feature_std", "diag_rankme"}
+EXPLAINED = {
+    "respix": COMMON | {"respix_error_replaced", "respix_error_kept"},
+    "revdet": COMMON | {"revdet_balanced_accuracy", "revdet_auc"},
+}
+GRADIENTS = {"diag_gradient_generator", "diag_gradient_enhancer", "diag_gradient_cosine"}
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("enhancer", "objective"), CASES)
@@ -35,7 +43,8 @@ def test_pretrain__two_workers_give_an_encoder_for_plain_timm(
     assert {"encoder/model.safetensors", "encoder/config.json", "encoder/README.md"} <= paths
     assert {"spec.json", "data/report.json", "result.json", "samples/step-20.png"} <= paths
     assert any(path.startswith("attempts/1/checkpoints/step-20/") for path in paths)
-    assert {"mim_loss", "mim_accuracy", "diag_rankme"} <= set(job.metrics)
+    assert EXPLAINED[objective] <= set(job.metrics)
+    assert (GRADIENTS <= set(job.metrics)) == (enhancer is specs.VIT), "a CNN shares no layer"
 
     embedded.client.download(job.id, "encoder", tmp_path)
     loaded = _load_with_plain_timm(tmp_path / "encoder")
