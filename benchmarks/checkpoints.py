@@ -96,6 +96,7 @@ def measure(case: Case, given: argparse.Namespace, training: TrainingConfig) -> 
         times = in_turns(rounds.by_name(), rounds=given.rounds, warmup=1)
         return {
             **summary(times, steps=given.steps),
+            "batch_size": case.batch_size,
             "checkpoint_mib": rounds.size() / 2**20,
             "times": {name: one.as_json() for name, one in times.items()},
         }

@@ -11,9 +11,11 @@ tokenizer has DALL-E's layout and random weights; reading images is no part of a
 
 import argparse
 import copy
+import itertools
 import json
 import platform
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import Any, Literal
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.plain_step import PlainStep
 from benchmarks.step_cases import CPU_CASES, GPU_CASES, Case, cim_of, peer_of, peers, pictures
@@ -34,6 +37,7 @@ from cim_core.engine.acceleration import accelerate
 from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
 from cim_core.engine.step import StepResult, train_step
+from cim_core.engine.transfer import on_device
 from cim_core.estimate.dry_run import MemoryMeter, multiplications
 from cim_core.masking import masked_positions
 from cim_core.objectives.base import Truth
@@ -45,14 +49,16 @@ from cim_core.task import cim_task
 OURS, PLAIN = "our step", "plain step"
 PARTS = ("tokenizer encode", "generator", "sampling and decode", "enhancer", "optimizer")
 SAME = 1e-4  # relative difference of the losses that rounding may make
+MATRIX_SIDE = {"cuda": 8192, "cpu": 1024}  # of the product whose speed is the peak
 
 
 class OurSteps:
-    """Steps as a training does them; the numbers of each are read when the next one is queued."""
+    """Steps as `fit` does them: batches come ahead, numbers are read when the next step is queued."""
 
     def __init__(self, model: nn.Module, views: Views, training: TrainingConfig, device: torch.device):
         self.device, self.training = device, with_precision(training, device)
         self.views = views.pin() if device.type == "cuda" else views
+        self.batches = on_device(itertools.repeat(self.views), device)
         accelerate(model.train(), self.training, device)
         self.model, self.task = model, cim_task(model, seed=0)
         self.state = TrainState(model=model, optimizer=build_optimizer(model, self.training))
@@ -64,7 +70,7 @@ class OurSteps:
         result = train_step(
             self.task,
             self.state,
-            self.views.to(self.device),
+            next(self.batches),
             plan=self.plan,
             training=self.training,
             device=self.device,
@@ -156,7 +162,7 @@ class Measured:
 
 
 def check_same_losses(cim: CIM, views: Views, device: torch.device) -> None:
-    """Both compositions on the same masks and samples, in fp32. SystemExit where they differ."""
+    """Both compositions on the same masks and samples, in fp32. AssertionError where they differ."""
     with torch.no_grad(), _exact_products():
         output = cim(views.to(device), generator=generator_for(0, "bench", "check"))
         plain = PlainStep(cim, log=print).losses(views, mask_BN=output.mask_BN, sampled_BN=output.sampled_BN)
@@ -201,13 +207,15 @@ def measure(
     parts = Parts(ours, cim).by_name()
     whole: dict[str, Callable[[], object]] = {OURS: ours.step, PLAIN: lambda: plain.step(views)}
     whole |= {name: peer.step for name, peer in rivals.items()}
+    optimizers = {OURS: ours.state.optimizer, PLAIN: plain.optimizer}
+    optimizers |= {name: peer.state.optimizer for name, peer in rivals.items()}
     everything = {**whole, **parts}
     repeated = {name: _repeated(run, steps=steps, device=device) for name, run in everything.items()}
     times = in_turns(repeated, rounds=rounds, warmup=warmup)
     return Measured(
         times={name: Times(seconds=tuple(s / steps for s in t.seconds)) for name, t in times.items()},
         macs_per_image={name: multiplications(run) / case.batch_size for name, run in everything.items()},
-        peak_bytes={name: _peak_bytes(run, device) for name, run in whole.items()},
+        peak_bytes={name: peak_bytes(run, optimizers[name], device) for name, run in whole.items()},
         peak_flops=matrix_peak(ours.training.precision == "bf16", device),
         batch_size=case.batch_size,
     )
@@ -223,10 +231,15 @@ def _repeated(run: Callable[[], object], *, steps: int, device: torch.device) ->
     return several
 
 
-def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """The most memory that a step holds beyond what there is before it."""
+def peak_bytes(run: Callable[[], object], optimizer: torch.optim.Optimizer, device: torch.device) -> int:
+    """The most memory that a step holds beyond what there is before it.
+
+    The gradients of the step before are given back first, so this step's own are in the figure. On a GPU
+    the plain step's figure has its pictures too; ours do not: a batch already lies there.
+    """
+    optimizer.zero_grad(set_to_none=True)
     if device.type != "cuda":
-        with MemoryMeter() as meter:
+        with _NewMemory() as meter:
             run()
         peak: int = meter.peak_bytes
         return peak
@@ -238,16 +251,34 @@ def _peak_bytes(run: Callable[[], object], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device) - before
 
 
+class _NewMemory(MemoryMeter):  # type: ignore[no-untyped-call]
+    """Leaves out what was there before: weights and moments come back from views and in-place operations."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, Tensor):
+                self._leave_out(tensor.untyped_storage())
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _leave_out(self, storage: torch.UntypedStorage) -> None:
+        key = id(storage)
+        if key not in self._known:
+            self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key))
+
+
 def matrix_peak(bf16: bool, device: torch.device) -> float:  # noqa: FBT001
     """Operations a second of a large matrix product, two for each multiply-accumulate."""
-    side = 8192 if device.type == "cuda" else 1024
+    side = MATRIX_SIDE[device.type]
     a = torch.randn(side, side, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     run = _repeated(lambda: a @ a, steps=10, device=device)
     return 10 * 2 * side**3 / in_turns({"product": run}, rounds=5, warmup=1)["product"].low
 
 
 def setup(device: torch.device, training: TrainingConfig) -> dict[str, Any]:
-    """Date, chip and versions."""
+    """Date, chip, versions, and the training but for the batch, whose size each case has its own."""
+    given = asdict(with_precision(training, device))
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
@@ -255,7 +286,7 @@ def setup(device: torch.device, training: TrainingConfig) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "python": platform.python_version(),
-        "training": {k: v for k, v in asdict(with_precision(training, device)).items() if v is not None},
+        "training": {k: v for k, v in given.items() if v is not None and k != "batch_size"},
     }
 
 
@@ -295,6 +326,22 @@ def table(title: str, measured: Measured) -> str:
     return "\n".join(lines)
 
 
+def save(found: Mapping[str, Any], folder: Path, *, name: str) -> Path:
+    """Write a new file `name`.json into `folder`, or `name`-2.json and so on where there is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(found, indent=1) + "\n"
+    path, number = folder / f"{name}.json", 1
+    while True:
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            number += 1
+            path = folder / f"{name}-{number}.json"
+        else:
+            return path
+
+
 def main() -> None:
     """Measure, print, and write a file where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -330,10 +377,8 @@ def main() -> None:
         print(table(name, measured), flush=True)
         found["cases"][name] = as_json(measured)
     if given.save:
-        given.save.mkdir(parents=True, exist_ok=True)
-        file = given.save / f"train_step-{facts['date']}-{'gpu' if given.gpu else 'cpu'}.json"
-        file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        print(f"\nwritten to {file}")
+        path = save(found, given.save, name=f"train_step-{facts['date']}-{'gpu' if given.gpu else 'cpu'}")
+        print(f"\nwritten to {path}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """What makes the networks faster without changing what they compute, beyond rounding."""
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -29,12 +33,42 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device=device))
     except Exception as error:  # torch's own classes, and those of the tools behind it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         lesson = (
-            f"torch.compile does not work here, got true: {reason}; set false, or give the worker a C++ "
-            "compiler (CPU) or Triton (GPU) and a version of Python that torch can compile"
+            f"torch.compile does not work here, got true: {_first_line(error)}; set false, or give the "
+            "worker a C++ compiler (CPU) or Triton (GPU) and a version of Python that torch can compile"
         )
         raise ConfigError([("training.compile", lesson)]) from error
+
+
+@contextmanager
+def explained_compiling() -> Iterator[None]:
+    """Networks compile when they are first called: there, turn an error of torch's compiler into a lesson.
+
+    Raises:
+        ConfigError: from the compiler's error; what else is raised passes through.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not _is_compilers(error):
+            raise
+        cause = getattr(error, "inner_exception", error)
+        lesson = (
+            f"torch cannot compile a network of this run, got true: {type(cause).__name__}: "
+            f"{_first_line(cause)}; set training.compile: false"
+        )
+        raise ConfigError([("training.compile", lesson)]) from error
+
+
+def _is_compilers(error: Exception) -> bool:
+    """Of the class above those of inductor and of other backends; importing it takes a second."""
+    compiler = sys.modules.get("torch._dynamo.exc")
+    return compiler is not None and isinstance(error, compiler.TorchDynamoException)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _called_parts(model: nn.Module) -> list[nn.Module]:

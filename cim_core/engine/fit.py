@@ -15,6 +15,7 @@ import torch
 from cim_core.config import TrainingConfig
 from cim_core.durations import Plan
 from cim_core.engine import dist
+from cim_core.engine.acceleration import explained_compiling
 from cim_core.engine.callbacks import Callbacks, StepReport
 from cim_core.engine.precision import with_precision
 from cim_core.engine.state import TrainState
@@ -39,6 +40,7 @@ class FitResult:
     stopped: bool  # ended by `should_stop` before the last step
 
 
+@explained_compiling()
 def fit(
     task: Task[BatchT],
     state: TrainState,
@@ -53,7 +55,8 @@ def fit(
     """Train from `state.step` to the end of `plan`, or until rank 0 wants to stop.
 
     A state that is already finished trains nothing: its reports, picture and checkpoint were made
-    before that checkpoint could be committed. Raises NonFiniteError on all ranks, as `StepResult.read`.
+    before that checkpoint could be committed. Raises NonFiniteError on all ranks, as `StepResult.read`, and
+    ConfigError where torch cannot compile a network that it is asked to.
     """
     training = with_precision(training, device)
     _begin(callbacks, state, plan)

@@ -1,8 +1,8 @@
 """BEiT (arXiv 2106.08254): name the visual tokens of masked patches, with the encoder itself.
 
 The task of CIM's generator, without one: what the generator learns for its own sake is here what the
-encoder is for. Each fact of it, with where it was looked up (its code is `beit/` of microsoft/unilm) and what is
-ours, is in docs/method.md.
+encoder is for. Each fact of it, with where it was looked up (its code is `beit/` of microsoft/unilm) and
+what is ours, is in docs/method.md.
 
 Shape letters in this file:
     B  images on this rank      N  positions of an image      D  encoder width

@@ -1,5 +1,6 @@
 """Layouts, the fused update and the compiler: the same numbers but for rounding, and refusals that teach."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from cim_core.optim import build_optimizer
 from cim_core.task import cim_task
 from cim_core.tokenizers.dalle import DalleConfig, DalleTokenizer
 from cim_core.tokenizers.network import initialise
+from tests.unit.cim_core import tiny
 from tests.unit.cim_core.cim_models import model_config, rng, tiny_cim, views_for
 
 CPU = torch.device("cpu")
 STEPS = 3
-TOLERANCE = 1e-4  # relative, of losses after a few steps; layouts and fused kernels only round otherwise
+TOLERANCE = 1e-4  # relative, of losses after a resume. How far options move a curve: test_tolerance.py
 
 
 def config(**options: Any) -> TrainingConfig:
@@ -58,13 +60,6 @@ def go_on(state: TrainState, training: TrainingConfig, *, steps: int) -> list[fl
         )
         losses.append(result.metrics["loss"].item())
     return losses
-
-
-@pytest.mark.parametrize("option", ["fused_optimizer", "channels_last"])
-def test_option__moves_the_losses_by_rounding_alone(option: str) -> None:
-    _, plain = trained(config())
-    _, fast = trained(config(**{option: True}))
-    assert fast == pytest.approx(plain, rel=TOLERANCE)
 
 
 def is_channels_last(weight: Tensor) -> bool:
@@ -133,3 +128,50 @@ def test_compile__every_network_and_the_frozen_one(monkeypatch: pytest.MonkeyPat
     assert isinstance(tokenizer, DalleTokenizer)
     expected = {cim.enhancer, cim.generator, cim.objective, tokenizer.encoder, tokenizer.decoder}
     assert expected <= set(compiled)
+
+
+def refusing(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """A backend of torch.compile that can compile nothing."""
+    del graph, inputs
+    raise NotImplementedError("no kernel for this network\nand a long trace")
+
+
+def fitted(tmp_path: Path, **of_compile: Any) -> None:
+    """A training of tiny.py whose network is compiled, as always, by its first step."""
+    model = tiny.TinyNet()
+    model.stem.compile(**of_compile)
+    images = tiny.write_images(tmp_path / "images")
+    tiny.run(images, tmp_path, model=model, task=tiny.TinyTask(model), config=tiny.training())
+
+
+@pytest.fixture
+def fresh_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile__a_network_that_a_backend_refuses_is_a_lesson(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as e:
+        fitted(tmp_path, backend=refusing)
+    assert str(e.value) == (
+        "training.compile: torch cannot compile a network of this run, got true: "
+        "NotImplementedError: no kernel for this network; set training.compile: false"
+    )
+    assert isinstance(e.value.__cause__, torch._dynamo.exc.BackendCompilerFailed)
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_compile__a_network_that_inductor_fails_on_is_a_lesson(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    network = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LayerNorm(2))
+    network.compile()
+    with pytest.raises(ConfigError, match=r"^training\.compile: .*got true: .*compiler.*; set") as e:  # noqa: SIM117
+        with acceleration.explained_compiling():
+            network(torch.ones(3, 2))
+    assert isinstance(e.value.__cause__, torch._dynamo.exc.TorchDynamoException)
+
+
+def test_compile__other_errors_of_a_training_pass_through() -> None:
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), acceleration.explained_compiling():
+        raise RuntimeError("out of memory")
