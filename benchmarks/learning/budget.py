@@ -24,7 +24,7 @@ from cim_core.engine.state import TrainState
 from cim_core.engine.step import Task, train_step
 from cim_core.optim import build_optimizer
 
-WARM_STEPS, TIMED_STEPS = 3, 12
+WARM_STEPS, TIMED_STEPS = 3, 24
 TAIL = 0.9  # metrics are means over the reports behind this share of the steps
 
 Look = Callable[[], Mapping[str, float]]

@@ -103,18 +103,27 @@ def cell(values: Sequence[float], *, digits: int) -> str:
 
 def mean_curve(records: Sequence[Record]) -> list[tuple[float, float]]:
     """(seconds, k-NN in per cent) of each look, averaged over the seeds that have as many looks."""
-    curves = [record["curve"] for record in records if record.get("curve")]
-    longest = max((len(curve) for curve in curves), default=0)
-    same = [curve for curve in curves if len(curve) == longest]
     return [
         (statistics.fmean(p["seconds"] for p in points), 100 * statistics.fmean(p["knn"] for p in points))
-        for points in zip(*same, strict=True)
+        for points in zip(*_longest_curves(records), strict=True)
     ]
+
+
+def _longest_curves(records: Sequence[Record]) -> list[list[dict[str, float]]]:
+    curves = [record["curve"] for record in records if record.get("curve")]
+    longest = max((len(curve) for curve in curves), default=0)
+    return [curve for curve in curves if len(curve) == longest]
+
+
+def curve_name(name: str, records: Sequence[Record]) -> str:
+    """In the legend: of how many seeds the curve is, where it is not of all."""
+    used = len(_longest_curves(records))
+    return name if used == len(records) else f"{name} ({used} of {len(records)} seeds)"
 
 
 def picture(records: Iterable[Record]) -> Image.Image:
     """The learning curves of all rows that have one."""
-    lines = {name: mean_curve(row) for name, row in grouped(records).items()}
+    lines = {curve_name(name, row): mean_curve(row) for name, row in grouped(records).items()}
     return line_chart(
         {name: line for name, line in lines.items() if line},
         title="k-NN accuracy of frozen features, mean over seeds",

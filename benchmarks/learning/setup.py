@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.labelled import Labelled, SameImages, thinned
+from benchmarks.labelled import Labelled, SameImages, decoded, thinned
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
 from benchmarks.learning.probing import Probes
 from benchmarks.learning.runs import Setting
@@ -113,8 +113,8 @@ def make_tokenizer(folder: Path, given: argparse.Namespace, images: ImageDataset
 
 
 def _pictures(index: Index) -> ImageDataset:
-    """The images of `index`, kept once decoded; what looks at them makes views of its own."""
-    return ImageDataset(index, ViewConfig(image_size=1), cache_bytes=CACHE_BYTES)
+    """The images of `index`, decoded; what looks at them makes views of its own."""
+    return decoded(ImageDataset(index, ViewConfig(image_size=1), cache_bytes=CACHE_BYTES))
 
 
 def _untrained(config: TokenizerConfig) -> DiscreteVAE:

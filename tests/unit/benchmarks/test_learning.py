@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,13 @@ def test_pilot__is_the_median_of_the_steps_behind_the_warm_ones(
     training = TrainingConfig(steps=1, batch_size=4, precision="fp32")
     task = task_of(CASES["cim-respix"], model, seed=0)
     assert budget.step_seconds(model, task, images, training, device=CPU, clock=clock) == 2.0
+
+
+def test_pictures__are_decoded_before_any_clock_starts(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / "images", count=3, side=40)
+    pictures = setup._pictures(scan(folder))
+    shutil.rmtree(folder)
+    assert [pictures.picture(place).size for place in range(3)] == [(40, 40)] * 3
 
 
 def test_processor_clock__is_the_process_s_own_time_for_each_thread(

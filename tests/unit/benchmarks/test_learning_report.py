@@ -58,6 +58,8 @@ def test_mean_curve__is_over_seeds_with_as_many_looks() -> None:
     for found in (report.mean_curve(made), report.mean_curve([*made, record("mae", 2, curve=curve(0.9))])):
         np.testing.assert_allclose(found, [(0, 20), (10, 40)])
     assert report.mean_curve([record("random", 0, knn=0.3)]) == []
+    assert report.curve_name("mae", made) == "mae"
+    assert report.curve_name("mae", [*made, record("mae", 2, curve=curve(0.9))]) == "mae (2 of 3 seeds)"
 
 
 @pytest.mark.parametrize(
