@@ -16,9 +16,10 @@ def thinned(index: Index, most: int) -> Index:
 
 
 def decoded(images: ImageDataset) -> ImageDataset:
-    """The same, its pictures in memory as far as there is room: no clock counts their decoding."""
+    """The same, its pictures in memory up to the first that has no room: no clock counts their decoding."""
     for place in range(len(images)):
-        images.picture(place)
+        if images.picture(place) is not images.picture(place):
+            break
     return images
 
 

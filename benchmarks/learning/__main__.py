@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.learning.budget import CLOCKS
-from benchmarks.learning.report import picture, row_name, table
+from benchmarks.learning.report import more_table, picture, row_name, table
 from benchmarks.learning.runs import METHODS, record_key, runs
 from benchmarks.learning.setup import setting_of
 from benchmarks.records import append, read
@@ -57,6 +57,11 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--crop-min", type=float, default=0.3)
     parser.add_argument("--points", type=int, default=8, help="looks at the features during a training")
     parser.add_argument("--labelled", type=int, default=5000, help="labelled images of each set, at most")
+    parser.add_argument(
+        "--more-probes",
+        action="store_true",
+        help="also on decoded pictures and on inner stages of CNNs; not of runs that are done already",
+    )
     parser.add_argument("--finetune-seconds", type=float, default=60, help="0: no fine-tuning")
     parser.add_argument("--finetune-images", type=int, default=1000)
     parser.add_argument("--finetune-rate", type=float, default=1e-3, help="peak learning rate")
@@ -101,6 +106,8 @@ def report(file: Path) -> None:
     """Print the table; draw the curves beside the file."""
     records = read(file)
     print(table(records))
+    if more := more_table(records):
+        print(f"\nmore probes, inner stages with batch norm of real images:\n\n{more}")
     if any(record.get("curve") for record in records):
         picture(records).save(file.with_suffix(".png"))
         print(f"curves: {file.with_suffix('.png')}")

@@ -5,10 +5,13 @@ Shape letters in this file:
 """
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from benchmarks.labelled import Labelled
@@ -74,6 +77,55 @@ class TokenizerMap(nn.Module):
         """Maps [B, D, h, h] of ImageNet-normalised images."""
         map_BDhh: Tensor = self.blocks(map_pixels(images_B3SS * self.std + self.mean))
         return map_BDhh
+
+
+class DecodedMap(nn.Module):
+    """An encoder's map of decoded pictures: what CIM would show it with no token replaced."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, to_map: nn.Module, tokenizer: DiscreteVAE, *, token_size: int) -> None:
+        """`token_size`: pixels a side of what the tokenizer sees."""
+        super().__init__()
+        self.to_map, self.tokenizer, self.token_size = to_map, tokenizer, token_size
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        """Maps [B, D, h, h] of ImageNet-normalised images."""
+        small = _resized(images_B3SS * self.std + self.mean, self.token_size)
+        decoded = self.tokenizer.decode(self.tokenizer.encode(small))
+        map_BDhh: Tensor = self.to_map((_resized(decoded, images_B3SS.shape[-1]) - self.mean) / self.std)
+        return map_BDhh
+
+
+def _resized(pixels: Tensor, side: int) -> Tensor:
+    shrinks = pixels.shape[-1] > side
+    resized = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=shrinks)
+    return resized.clamp(0, 1)  # bicubic overshoots at edges
+
+
+class StageMap(nn.Module):
+    """The map of one stage of a CNN, counted as timm counts them in `feature_info`."""
+
+    def __init__(self, enhancer: Enhancer, stage: int) -> None:
+        super().__init__()
+        self.backbone: Any = enhancer.backbone
+        self.stage = stage
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        """Maps [B, D, h, h] of ImageNet-normalised images."""
+        (map_BDhh,) = self.backbone.forward_intermediates(
+            images_B3SS, indices=[self.stage], intermediates_only=True
+        )
+        return map_BDhh  # type: ignore[no-any-return]
+
+
+def inner_stages(enhancer: Enhancer) -> list[int]:
+    """The two stages of a CNN before its last one; in a ResNet they are `layer2` and `layer3`."""
+    info: Any = enhancer.backbone.feature_info
+    return list(range(len(info)))[-3:-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,9 +197,46 @@ def probed(
     others: dict[str, nn.Module] = {}
     if enhancer.is_vit:
         others["own"] = enhancer.backbone
-    if any(isinstance(layer, nn.BatchNorm2d) for layer in enhancer.modules()):
+    if has_batch_norm(enhancer):
         others["bn"] = MeanOverPositions(recalibrated(enhancer, dataset, device=probes.device))
-    for name, encoder in others.items():
-        again = probes.all(encoder, image_size=image_size, seed=seed)
-        found |= {f"{name}_knn": again["knn"], f"{name}_linear": again["linear"]}
+    return found | _named(probes, others, image_size=image_size, seed=seed)
+
+
+def more_probed(
+    probes: Probes,
+    enhancer: Enhancer,
+    dataset: ImageDataset,
+    tokenizer: DiscreteVAE,
+    *,
+    image_size: int,
+    token_size: int,
+    seed: int,
+) -> dict[str, float]:
+    """What --more-probes adds.
+
+    `decoded_...` is on pictures that went through the tokenizer; `stage2_...` on an inner stage of a CNN,
+    with recalibrated batch norm.
+    """
+    others: dict[str, nn.Module] = {
+        "decoded": MeanOverPositions(DecodedMap(enhancer, tokenizer, token_size=token_size))
+    }
+    if has_batch_norm(enhancer):
+        calibrated = recalibrated(enhancer, dataset, device=probes.device)
+        for stage in inner_stages(calibrated):
+            others[f"stage{stage}"] = MeanOverPositions(StageMap(calibrated, stage))
+    return _named(probes, others, image_size=image_size, seed=seed)
+
+
+def has_batch_norm(enhancer: Enhancer) -> bool:
+    """Whether features depend on statistics of earlier images."""
+    return any(isinstance(layer, nn.BatchNorm2d) for layer in enhancer.modules())
+
+
+def _named(
+    probes: Probes, encoders: Mapping[str, nn.Module], *, image_size: int, seed: int
+) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, encoder in encoders.items():
+        one = probes.all(encoder, image_size=image_size, seed=seed)
+        found |= {f"{name}_knn": one["knn"], f"{name}_linear": one["linear"]}
     return found

@@ -1,5 +1,6 @@
 """The table and the picture of what the runs have found."""
 
+import re
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -27,7 +28,8 @@ SETTING = (
 )
 
 # Header, key of a record, factor, digits. What a row has no number for stays empty.
-COLUMNS: tuple[tuple[str, str, int, int], ...] = (
+Column = tuple[str, str, int, int]
+COLUMNS: tuple[Column, ...] = (
     ("steps", "steps", 1, 0),
     ("images", "images_seen", 1, 0),
     ("seconds", "train_seconds", 1, 0),
@@ -41,6 +43,7 @@ COLUMNS: tuple[tuple[str, str, int, int], ...] = (
     ("feature std", "diag_feature_std", 1, 2),
     ("RankMe", "diag_rankme", 1, 1),
 )
+MORE_PROBES = re.compile(r"(decoded|stage\d+)_(knn|linear)")  # keys that --more-probes adds
 
 
 def row_name(record: Record) -> str:
@@ -78,9 +81,25 @@ def _setting(record: Record) -> dict[str, Any]:
 
 def table(records: Iterable[Record]) -> str:
     """Markdown: a row for each method, means over its seeds and, from two seeds on, their deviation."""
-    rows = grouped(records)
+    return _markdown(grouped(records), COLUMNS)
+
+
+def more_table(records: Iterable[Record]) -> str:
+    """The same of what --more-probes adds, of the records that have it; empty where none does."""
+    having = {
+        name: more
+        for name, row in grouped(records).items()
+        if (more := [record for record in row if any(map(MORE_PROBES.fullmatch, record))])
+    }
+    keys = sorted({key for row in having.values() for r in row for key in r if MORE_PROBES.fullmatch(key)})
+    columns = [(key.replace("_", ", ").replace("knn", "k-NN"), key, 100, 1) for key in keys]
+    return _markdown(having, columns) if having else ""
+
+
+def _markdown(rows: Mapping[str, Sequence[Record]], columns: Sequence[Column]) -> str:
+    """What no record has gets no column."""
     shown = [
-        column for column in COLUMNS if any(column[1] in record for row in rows.values() for record in row)
+        column for column in columns if any(column[1] in record for row in rows.values() for record in row)
     ]
     lines = ["| method | seeds | " + " | ".join(header for header, *_ in shown) + " |"]
     lines.append("| --- | ---: |" + " ---: |" * len(shown))

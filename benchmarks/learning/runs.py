@@ -14,7 +14,7 @@ from benchmarks.labelled import SameImages
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
 from benchmarks.learning.cases import CASES, Case, model_config, task_of
 from benchmarks.learning.finetuning import finetuned
-from benchmarks.learning.probing import MeanOverPositions, Probes, controls, probed
+from benchmarks.learning.probing import MeanOverPositions, Probes, controls, more_probed, probed
 from benchmarks.learning.report import SETTING
 from cim_core.config import ModelConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, collate
@@ -57,6 +57,7 @@ class Setting:
     finetune_rate: float  # peak, for all methods the same
     finetune_images: ImageDataset
     clock: str = "wall"  # of CLOCKS
+    more_probes: bool = False  # no part of what a finished run is known by: the training is the same
     label: str = ""
     changes: Changes = field(default_factory=dict)
 
@@ -90,9 +91,14 @@ class Setting:
         both: Both = changed(Both(model=model, training=self.training_of(method)), self.changes)
         return dataclasses.replace(both, training=dataclasses.replace(both.training, seed=seed))
 
+    @property
+    def token_size(self) -> int:
+        """Pixels a side of what the tokenizer sees."""
+        return self.image_size // self.patch_size * self.tokenizer.stride
+
     def dataset(self, source: ImageDataset, *, seed: int, tokens: bool) -> ImageDataset:
         """Random views of the images of `source`, with the tokenizer's where `tokens` are needed."""
-        token_size = self.image_size // self.patch_size * self.tokenizer.stride if tokens else None
+        token_size = self.token_size if tokens else None
         crop_min = self.training.crop_min
         views = ViewConfig(image_size=self.image_size, token_size=token_size, crop_min=crop_min, seed=seed)
         return SameImages(source, views)
@@ -148,6 +154,9 @@ def run(setting: Setting, method: str, seed: int, pilots: dict[str, float]) -> d
         found |= _trained(setting, case, model, both, dataset, step=pilots[method])
     enhancer = model.enhancer
     found |= probed(setting.probes, enhancer, dataset, image_size=setting.image_size, seed=seed)
+    if setting.more_probes:
+        sizes = {"image_size": setting.image_size, "token_size": setting.token_size}
+        found |= more_probed(setting.probes, enhancer, dataset, setting.tokenizer, **sizes, seed=seed)
     found |= _diagnosed(model, dataset, seed=seed)
     if setting.finetune_seconds > 0:
         found |= _finetuned(setting, both, enhancer, seed=seed)

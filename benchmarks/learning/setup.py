@@ -67,6 +67,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
         finetune_rate=given.finetune_rate,
         finetune_images=_pictures(thinned(train_index, given.finetune_images)),
         clock=given.clock,
+        more_probes=given.more_probes,
         label=given.label,
         changes=dict(change(text) for text in given.set),
     )

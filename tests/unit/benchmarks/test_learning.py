@@ -1,8 +1,7 @@
 """The comparison of methods: seconds become steps, runs survive a cut, means and spreads are right."""
 
-import dataclasses
+import functools
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -12,28 +11,37 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from benchmarks.changes import changed
-from benchmarks.learning import __main__ as command
+from benchmarks.labelled import decoded
 from benchmarks.learning import budget, runs, setup
 from benchmarks.learning.budget import Course, num_steps
-from benchmarks.learning.cases import CASES, RESPIX_WIDE, VIT, Case, model_config, task_of
+from benchmarks.learning.cases import CASES, VIT, model_config, task_of
 from benchmarks.learning.finetuning import Classifier, ClassifyTask
-from benchmarks.learning.probing import MeanOverPositions, Pixels, TokenizerMap, recalibrated
+from benchmarks.learning.probing import (
+    DecodedMap,
+    MeanOverPositions,
+    Pixels,
+    StageMap,
+    TokenizerMap,
+    inner_stages,
+    recalibrated,
+)
 from benchmarks.learning.report import SETTING
 from benchmarks.records import append, read
-from cim_core.config import ModelConfig, TokenizerConfig, TrainingConfig
-from cim_core.data.dataset import ImageDataset, ViewConfig, collate
+from cim_core.config import TokenizerConfig, TrainingConfig
+from cim_core.data.dataset import PILLOW_PIXEL_BYTES, ImageDataset, ViewConfig, collate
 from cim_core.data.index import scan
 from cim_core.data.loading import ImageLoader
 from cim_core.data.sampler import SampleId
+from cim_core.data.transforms import IMAGENET_MEAN, IMAGENET_STD
 from cim_core.engine.callbacks import StepReport
 from cim_core.evaluation.features import extract, normalise
 from cim_core.methods import build_model
 from cim_core.models.enhancer import Enhancer
 from cim_core.tokenizers.dvae import DiscreteVAE
-from cim_core.tokenizers.store import load_tokenizer
 from tests.unit.cim_core.cim_models import model_config as small_config
 from tests.unit.cim_core.cim_models import tiny_cim
 from tests.unit.cim_core.tiny import CPU, write_images
@@ -112,6 +120,21 @@ def test_pictures__are_decoded_before_any_clock_starts(tmp_path: Path) -> None:
     pictures = setup._pictures(scan(folder))
     shutil.rmtree(folder)
     assert [pictures.picture(place).size for place in range(3)] == [(40, 40)] * 3
+
+
+def test_pictures__that_find_no_room_are_left_to_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def decode(_: ImageDataset, place: int) -> Image.Image:
+        asked.append(place)
+        return Image.new("RGB", (40, 40))
+
+    monkeypatch.setattr(ImageDataset, "_decoded", decode)
+    index = scan(write_images(tmp_path / "images", count=9, side=40))
+    decoded(ImageDataset(index, ViewConfig(image_size=1), cache_bytes=3 * 40 * 40 * PILLOW_PIXEL_BYTES))
+    assert asked == [0, 1, 2, 3, 3]
 
 
 def test_processor_clock__is_the_process_s_own_time_for_each_thread(
@@ -222,6 +245,45 @@ def test_tokenizer_features__are_of_the_picture_as_the_tokenizer_sees_it(images:
     assert features.shape == (12, 4 * 2**2)  # the last group of three is four times as wide
 
 
+class Negative(nn.Module):
+    """A tokenizer that loses nothing, so that each step before and behind it counts."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels
+
+    def decode(self, tokens: torch.Tensor) -> torch.Tensor:
+        return 1 - tokens
+
+
+def test_decoded_map__is_of_the_picture_that_the_decoder_paints() -> None:
+    tokenizer: Any = Negative()
+    enhancer = tiny_cim().enhancer.eval()
+    noise = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    pixels = ((noise > 0.5) * 255).to(torch.uint8)  # sharp edges: bicubic leaves [0, 1]
+    resize = functools.partial(nn.functional.interpolate, mode="bicubic")
+    with torch.no_grad():
+        small = resize(pixels.float() / 255, size=16, antialias=True).clamp(0, 1)
+        painted = resize(tokenizer.decode(tokenizer.encode(small)), size=32).clamp(0, 1)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        expected = enhancer((painted - mean) / std)
+        found = DecodedMap(enhancer, tokenizer, token_size=16)(normalise(pixels))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_stage_maps__are_those_of_the_stages_before_the_last(images: ImageDataset) -> None:
+    enhancer = tiny_cim(small_config(name="test_resnet")).enhancer.eval()
+    batch = normalise(torch.stack([images.eval_image(place) for place in range(3)]))
+    outputs: list[torch.Tensor] = []
+    for name in ("layer2", "layer3"):
+        enhancer.backbone.get_submodule(name).register_forward_hook(lambda *given: outputs.append(given[2]))
+    with torch.no_grad():
+        enhancer(batch)
+        expected = list(outputs)
+        found = [StageMap(enhancer, stage)(batch) for stage in inner_stages(enhancer)]
+    assert len(found) == len(expected) == 2
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_recalibrated__batch_norm_has_the_statistics_of_real_images(images: ImageDataset) -> None:
     enhancer = tiny_cim(small_config(name="test_resnet")).enhancer.eval()
     first = next(layer for layer in enhancer.modules() if isinstance(layer, nn.BatchNorm2d))
@@ -302,72 +364,3 @@ def test_rate__one_for_all_replaces_each_method_s_own() -> None:
 
     assert rates(None) == [3e-4, 1e-3, 0.7]
     assert rates(0.5) == [0.5, 0.5, 0.5]
-
-
-def test_command__set_needs_a_label(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="--label"):
-        command.main(["--train", "a", "--val", "b", "--set", "model.objective.weight=10"])
-
-
-def rates_of(monkeypatch: pytest.MonkeyPatch, name: str, *, place: int) -> list[float]:
-    """The peak learning rate of each call of `name` in runs, whose training is its argument `place`."""
-    real, seen = getattr(runs, name), list[float]()
-
-    def called(*words: Any, **options: Any) -> Any:
-        seen.append(words[place].learning_rate)
-        return real(*words, **options)
-
-    monkeypatch.setattr(runs, name, called)
-    return seen
-
-
-@pytest.mark.slow
-def test_command__small_run_is_done_once_and_reported(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained_at = rates_of(monkeypatch, "train", place=3)
-    finetuned_at = rates_of(monkeypatch, "finetuned", place=3)
-    folder = str(write_images(tmp_path / "images", count=24, side=40))
-    out = tmp_path / "results.jsonl"
-    words = ["--train", folder, "--val", folder, "--out", str(out), "--seconds", "0.1", "--seeds", "1"]
-    words += ["--size", "32", "--batch", "4", "--points", "1", "--tokenizer-seconds", "0.1", "--threads", "1"]
-    words += ["--tokenizer-width", "4", "--vocabulary", "8", "--finetune-seconds", "0.1"]
-    words += ["--finetune-rate", "0.002"]
-    words += [
-        "--methods",
-        "pixels",
-        "tokenizer-features",
-        "random",
-        "cim-revdet",
-        "mae-long",
-        "resnet18-cim-respix",
-    ]
-    command.main(words)
-    first = out.read_text()
-    lines = [json.loads(line) for line in first.splitlines()]
-    assert [line["method"] for line in lines] == words[-6:]
-    assert {"knn", "linear", "own_knn", "finetune", "diag_rankme", "curve"} <= set(lines[3])
-    assert {"bn_knn", "bn_linear"} <= set(lines[5])
-    assert lines[3]["steps"] >= 1
-    assert "revdet_auc" in lines[3]["metrics"]
-    assert "train_seconds" not in lines[2]
-    assert load_tokenizer(tmp_path / "results-tokenizer").stride == 4  # half of --patch
-    own = [CASES[method].learning_rate for method in words[-3:]]
-    assert own[0] != own[1]
-    assert trained_at == own == [line["training"]["learning_rate"] for line in lines[3:]]
-    assert finetuned_at == [0.002] * 4
-    command.main(words)
-    assert out.read_text() == first
-    assert "| resnet18-cim-respix | 1 |" in capsys.readouterr().out
-    assert out.with_suffix(".png").stat().st_size > 1000
-
-    def of_later_code(case: Case, **sizes: int) -> ModelConfig:
-        return dataclasses.replace(model_config(case, **sizes), objective=RESPIX_WIDE)
-
-    monkeypatch.setattr(runs, "model_config", of_later_code)
-    command.main([*words[:-6], "random"])
-    again = json.loads(out.read_text().splitlines()[-1])
-    assert out.read_text().startswith(first)
-    assert again["method"] == "random"
-    assert again["model"] != lines[2]["model"]
-    assert f"| random, model {again['model']} | 1 |" in capsys.readouterr().out

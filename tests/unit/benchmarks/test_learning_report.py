@@ -50,6 +50,18 @@ def test_table__labels_make_rows_of_their_own() -> None:
     ]
 
 
+def test_more_table__is_of_the_records_that_have_more_probes() -> None:
+    made = [record("mae", 0, knn=0.1), record("mae", 1, knn=0.2, decoded_knn=0.3), record("beit", 0, knn=0.4)]
+    cnn = record("cnn", 0, decoded_knn=0.25, stage2_linear=0.5, bn_knn=0.1)
+    assert report.more_table([*made, cnn]).splitlines() == [
+        "| method | seeds | decoded, k-NN | stage2, linear |",
+        "| --- | ---: | ---: | ---: |",
+        "| mae | 1 | 30.0 |  |",
+        "| cnn | 1 | 25.0 | 50.0 |",
+    ]
+    assert report.more_table(made[::2]) == ""
+
+
 def test_mean_curve__is_over_seeds_with_as_many_looks() -> None:
     def curve(*values: float) -> list[dict[str, float]]:
         return [{"step": n, "seconds": 10 * n, "knn": value} for n, value in enumerate(values)]
