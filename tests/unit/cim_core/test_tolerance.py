@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 CASES = [(family, objective) for family in ENHANCERS for objective in ("respix", "revdet")]
 COMPILER = os.environ.get("CXX", "g++")  # what inductor calls
 
-# Of each loss term, `distance` from the curve without the option. Measured on an EPYC with AVX2, torch
+# Of each loss term, `distance` from the curve without the option. Measured on an EPYC with AVX512, torch
 # 2.15, the largest of CASES and terms: over the golden six steps, and over twelve where rounding grew.
 TOLERANCE = {
     "fused_optimizer": 5e-6,  # 3.3e-8; 1.7e-6 over twelve
