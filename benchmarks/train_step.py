@@ -14,8 +14,7 @@ import copy
 import itertools
 import json
 import platform
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,8 +22,7 @@ from typing import Any, Literal
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from benchmarks.plain_step import PlainStep
 from benchmarks.step_cases import CPU_CASES, GPU_CASES, Case, cim_of, peer_of, peers, pictures
@@ -239,7 +237,7 @@ def peak_bytes(run: Callable[[], object], optimizer: torch.optim.Optimizer, devi
     """
     optimizer.zero_grad(set_to_none=True)
     if device.type != "cuda":
-        with _NewMemory() as meter:
+        with MemoryMeter() as meter:
             run()
         peak: int = meter.peak_bytes
         return peak
@@ -249,23 +247,6 @@ def peak_bytes(run: Callable[[], object], optimizer: torch.optim.Optimizer, devi
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-class _NewMemory(MemoryMeter):  # type: ignore[no-untyped-call]
-    """Leaves out what was there before: weights and moments come back from views and in-place operations."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        for tensor in tree_leaves((args, kwargs)):
-            if isinstance(tensor, Tensor):
-                self._leave_out(tensor.untyped_storage())
-        return super().__torch_dispatch__(func, types, args, kwargs)
-
-    def _leave_out(self, storage: torch.UntypedStorage) -> None:
-        key = id(storage)
-        if key not in self._known:
-            self._known[key] = weakref.ref(storage, lambda _: self._known.pop(key))
 
 
 def matrix_peak(bf16: bool, device: torch.device) -> float:  # noqa: FBT001

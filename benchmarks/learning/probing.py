@@ -5,7 +5,6 @@ Shape letters in this file:
 """
 
 import copy
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,40 +60,46 @@ class Pixels(nn.Module):
         return images_B3SS.flatten(1)
 
 
-class TokenizerMap(nn.Module):
-    """The tokenizer's encoder up to the layer that names the codes."""
+class Unnormalised(nn.Module):
+    """What begins with pixels in [0, 1], of images that come ImageNet-normalised."""
 
     mean: Tensor
     std: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
+
+    def pixels(self, images_B3SS: Tensor) -> Tensor:
+        """In [0, 1], but for rounding."""
+        return images_B3SS * self.std + self.mean
+
+
+class TokenizerMap(Unnormalised):
+    """The tokenizer's encoder up to the layer that names the codes."""
 
     def __init__(self, tokenizer: DiscreteVAE) -> None:
         super().__init__()
         self.blocks = tokenizer.encoder.blocks[:-1]
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """Maps [B, D, h, h] of ImageNet-normalised images."""
-        map_BDhh: Tensor = self.blocks(map_pixels(images_B3SS * self.std + self.mean))
+        map_BDhh: Tensor = self.blocks(map_pixels(self.pixels(images_B3SS)))
         return map_BDhh
 
 
-class DecodedMap(nn.Module):
+class DecodedMap(Unnormalised):
     """An encoder's map of decoded pictures: what CIM would show it with no token replaced."""
-
-    mean: Tensor
-    std: Tensor
 
     def __init__(self, to_map: nn.Module, tokenizer: DiscreteVAE, *, token_size: int) -> None:
         """`token_size`: pixels a side of what the tokenizer sees."""
         super().__init__()
         self.to_map, self.tokenizer, self.token_size = to_map, tokenizer, token_size
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(3, 1, 1))
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(3, 1, 1))
 
     def forward(self, images_B3SS: Tensor) -> Tensor:
         """Maps [B, D, h, h] of ImageNet-normalised images."""
-        small = _resized(images_B3SS * self.std + self.mean, self.token_size)
+        small = _resized(self.pixels(images_B3SS), self.token_size)
         decoded = self.tokenizer.decode(self.tokenizer.encode(small))
         map_BDhh: Tensor = self.to_map((_resized(decoded, images_B3SS.shape[-1]) - self.mean) / self.std)
         return map_BDhh
@@ -186,57 +191,33 @@ def recalibrated(enhancer: Enhancer, dataset: ImageDataset, *, device: torch.dev
 
 
 def probed(
-    probes: Probes, enhancer: Enhancer, dataset: ImageDataset, *, image_size: int, seed: int
+    probes: Probes,
+    enhancer: Enhancer,
+    dataset: ImageDataset,
+    *,
+    image_size: int,
+    seed: int,
+    decoded: nn.Module | None = None,
 ) -> dict[str, float]:
     """All that is said of one encoder.
 
     `own_...` is by timm's own pooling where that is another (the class token of a plain ViT), `bn_...`
-    with recalibrated batch norm where there is any; `dataset` holds the real images for it.
+    with recalibrated batch norm where there is any; `dataset` holds the real images for it. `decoded`, a
+    map of reconstructions, asks for more: `decoded_...` of it, `stage2_...` of an inner stage of a CNN
+    with recalibrated batch norm.
     """
     found = probes.all(MeanOverPositions(enhancer), image_size=image_size, seed=seed)
     others: dict[str, nn.Module] = {}
     if enhancer.is_vit:
         others["own"] = enhancer.backbone
-    if has_batch_norm(enhancer):
-        others["bn"] = MeanOverPositions(recalibrated(enhancer, dataset, device=probes.device))
-    return found | _named(probes, others, image_size=image_size, seed=seed)
-
-
-def more_probed(
-    probes: Probes,
-    enhancer: Enhancer,
-    dataset: ImageDataset,
-    tokenizer: DiscreteVAE,
-    *,
-    image_size: int,
-    token_size: int,
-    seed: int,
-) -> dict[str, float]:
-    """What --more-probes adds.
-
-    `decoded_...` is on pictures that went through the tokenizer; `stage2_...` on an inner stage of a CNN,
-    with recalibrated batch norm.
-    """
-    others: dict[str, nn.Module] = {
-        "decoded": MeanOverPositions(DecodedMap(enhancer, tokenizer, token_size=token_size))
-    }
-    if has_batch_norm(enhancer):
+    if decoded is not None:
+        others["decoded"] = MeanOverPositions(decoded)
+    if any(isinstance(layer, nn.BatchNorm2d) for layer in enhancer.modules()):
         calibrated = recalibrated(enhancer, dataset, device=probes.device)
-        for stage in inner_stages(calibrated):
+        others["bn"] = MeanOverPositions(calibrated)
+        for stage in inner_stages(calibrated) if decoded is not None else ():
             others[f"stage{stage}"] = MeanOverPositions(StageMap(calibrated, stage))
-    return _named(probes, others, image_size=image_size, seed=seed)
-
-
-def has_batch_norm(enhancer: Enhancer) -> bool:
-    """Whether features depend on statistics of earlier images."""
-    return any(isinstance(layer, nn.BatchNorm2d) for layer in enhancer.modules())
-
-
-def _named(
-    probes: Probes, encoders: Mapping[str, nn.Module], *, image_size: int, seed: int
-) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, encoder in encoders.items():
-        one = probes.all(encoder, image_size=image_size, seed=seed)
-        found |= {f"{name}_knn": one["knn"], f"{name}_linear": one["linear"]}
+    for name, encoder in others.items():
+        again = probes.all(encoder, image_size=image_size, seed=seed)
+        found |= {f"{name}_knn": again["knn"], f"{name}_linear": again["linear"]}
     return found

@@ -14,7 +14,7 @@ from benchmarks.labelled import SameImages
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
 from benchmarks.learning.cases import CASES, Case, model_config, task_of
 from benchmarks.learning.finetuning import finetuned
-from benchmarks.learning.probing import MeanOverPositions, Probes, controls, more_probed, probed
+from benchmarks.learning.probing import DecodedMap, MeanOverPositions, Probes, controls, probed
 from benchmarks.learning.report import SETTING
 from cim_core.config import ModelConfig, TrainingConfig
 from cim_core.data.dataset import ImageDataset, ViewConfig, collate
@@ -153,10 +153,9 @@ def run(setting: Setting, method: str, seed: int, pilots: dict[str, float]) -> d
             pilots[method] = step_seconds(pilot, task, dataset, both.training, device=device, clock=clock)
         found |= _trained(setting, case, model, both, dataset, step=pilots[method])
     enhancer = model.enhancer
-    found |= probed(setting.probes, enhancer, dataset, image_size=setting.image_size, seed=seed)
-    if setting.more_probes:
-        sizes = {"image_size": setting.image_size, "token_size": setting.token_size}
-        found |= more_probed(setting.probes, enhancer, dataset, setting.tokenizer, **sizes, seed=seed)
+    size, more = setting.image_size, setting.more_probes
+    decoded = DecodedMap(enhancer, setting.tokenizer, token_size=setting.token_size) if more else None
+    found |= probed(setting.probes, enhancer, dataset, image_size=size, seed=seed, decoded=decoded)
     found |= _diagnosed(model, dataset, seed=seed)
     if setting.finetune_seconds > 0:
         found |= _finetuned(setting, both, enhancer, seed=seed)

@@ -35,7 +35,8 @@ def dry_run(*, masked_share: float = 0.5) -> Iterator["MemoryMeter"]:
 class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of all storages that were made under this mode and are still held, and their highest sum.
 
-    Memory that a single operation takes and gives back inside itself is not seen.
+    What was there before is left out, also where views and in-place operations return it. Memory that a
+    single operation takes and gives back inside itself is not seen.
     """
 
     def __init__(self) -> None:
@@ -48,15 +49,16 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         del types
+        for storage in _storages((args, kwargs)):
+            self._hold(storage, size_bytes=0)
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor.untyped_storage())
+        for storage in _storages(result):
+            self._hold(storage, size_bytes=storage.nbytes())
         return result
 
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage until its last owner lets it go, autograd among them."""
-        key, size_bytes = id(storage), storage.nbytes()
+    def _hold(self, storage: torch.UntypedStorage, *, size_bytes: int) -> None:
+        """Count a storage that is not known yet until its last owner lets it go, autograd among them."""
+        key = id(storage)
         if key in self._known:
             return
 
@@ -67,6 +69,10 @@ class MemoryMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known[key] = weakref.ref(storage, release)
         self.held_bytes += size_bytes
         self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    return (leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
 
 
 class _Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
