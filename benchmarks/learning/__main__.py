@@ -63,6 +63,7 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         help="also on decoded pictures and on inner stages of CNNs; not of runs that are done already",
     )
     parser.add_argument("--finetune-seconds", type=float, default=60, help="0: no fine-tuning")
+    parser.add_argument("--finetune-steps", type=int, help="the same for all, in place of the seconds")
     parser.add_argument("--finetune-images", type=int, default=1000)
     parser.add_argument("--finetune-rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument(

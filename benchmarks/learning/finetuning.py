@@ -5,6 +5,7 @@ Shape letters in this file:
 """
 
 import copy
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,22 @@ class Output:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long to fine-tune: equal steps for all encoders, or as many as fit into the seconds."""
+
+    seconds: float
+    steps: int | None = None  # None: the seconds decide
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return self.seconds > 0 if self.steps is None else self.steps > 0
+
+    def fact(self) -> float | str:
+        """What records tell of it."""
+        return self.seconds if self.steps is None else f"{self.steps} steps"
 
 
 class Classifier(nn.Module):
@@ -64,23 +81,27 @@ def finetuned(
     val_set: ImageDataset,
     training: TrainingConfig,
     *,
-    seconds: float,
+    length: Length,
     device: torch.device,
     clock: Clock,
 ) -> dict[str, float]:
-    """Accuracy on `val_set` after `seconds` of training on `train_set`; `enhancer` itself is left alone."""
+    """Accuracy on `val_set` after `length` of training on `train_set`; `enhancer` itself is left alone."""
     num_classes = len(train_set.index.classes)
-    pilot = Classifier(enhancer, num_classes).to(device)
-    task = ClassifyTask(pilot, train_set)
-    taken = step_seconds(pilot, task, train_set, training, device=device, clock=clock)
-    model = Classifier(enhancer, num_classes).to(device)
-    length = {"steps": num_steps(seconds, taken), "epochs": None, "images": None}
-    training = TrainingConfig(**{**vars(training), **length})
-    task = ClassifyTask(model, train_set)
+
+    def made() -> tuple[Classifier, ClassifyTask]:
+        model = Classifier(enhancer, num_classes).to(device)
+        return model, ClassifyTask(model, train_set)
+
+    steps = length.steps
+    if steps is None:
+        taken = step_seconds(*made(), train_set, training, device=device, clock=clock)
+        steps = num_steps(length.seconds, taken)
+    training = dataclasses.replace(training, steps=steps, epochs=None, images=None)
+    model, task = made()
     course = train(model, task, train_set, training, look=dict, points=1, device=device, clock=clock)
     return {
         "finetune": _accuracy(model, val_set, device=device),
-        "finetune_steps": float(length["steps"] or 0),
+        "finetune_steps": float(steps),
         "finetune_seconds": course.seconds(),
     }
 

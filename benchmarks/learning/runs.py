@@ -13,7 +13,7 @@ from benchmarks.changes import Changes, changed
 from benchmarks.labelled import SameImages
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
 from benchmarks.learning.cases import CASES, Case, model_config, task_of
-from benchmarks.learning.finetuning import finetuned
+from benchmarks.learning.finetuning import Length, finetuned
 from benchmarks.learning.probing import DecodedMap, MeanOverPositions, Probes, controls, probed
 from benchmarks.learning.report import SETTING
 from cim_core.config import ModelConfig, TrainingConfig
@@ -53,7 +53,7 @@ class Setting:
     rate: float | None  # peak of all methods; None: each has its own
     seconds: float
     points: int  # looks at the features during a training
-    finetune_seconds: float  # 0: no fine-tuning
+    finetune_length: Length
     finetune_rate: float  # peak, for all methods the same
     finetune_images: ImageDataset
     clock: str = "wall"  # of CLOCKS
@@ -78,7 +78,7 @@ class Setting:
             "tokenizer": dict(self.tokenizer_facts),
             "images": len(self.images),
             "labelled": [len(part.index) for part in self.probes.full],
-            "finetuning": [self.finetune_seconds, len(self.finetune_images), self.finetune_rate],
+            "finetuning": [self.finetune_length.fact(), len(self.finetune_images), self.finetune_rate],
             "device": str(self.probes.device),
             "clock": self.clock,
             # A method's own model can change from one version of this benchmark to the next.
@@ -157,7 +157,7 @@ def run(setting: Setting, method: str, seed: int, pilots: dict[str, float]) -> d
     decoded = DecodedMap(enhancer, setting.tokenizer, token_size=setting.token_size) if more else None
     found |= probed(setting.probes, enhancer, dataset, image_size=size, seed=seed, decoded=decoded)
     found |= _diagnosed(model, dataset, seed=seed)
-    if setting.finetune_seconds > 0:
+    if setting.finetune_length:
         found |= _finetuned(setting, both, enhancer, seed=seed)
     return found
 
@@ -206,7 +206,7 @@ def _finetuned(setting: Setting, both: Both, enhancer: Enhancer, *, seed: int) -
         train_set,
         val_set,
         training,
-        seconds=setting.finetune_seconds,
+        length=setting.finetune_length,
         device=setting.probes.device,
         clock=CLOCKS[setting.clock],
     )

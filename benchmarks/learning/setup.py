@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.labelled import Labelled, SameImages, decoded, thinned
 from benchmarks.learning.budget import CLOCKS, num_steps, step_seconds, train
+from benchmarks.learning.finetuning import Length
 from benchmarks.learning.probing import Probes
 from benchmarks.learning.runs import Setting
 from cim_core.config import TokenizerConfig, TokenizerTrainingConfig, TrainingConfig
@@ -63,7 +64,7 @@ def setting_of(given: argparse.Namespace) -> Setting:
         rate=given.rate,
         seconds=given.seconds,
         points=given.points,
-        finetune_seconds=given.finetune_seconds,
+        finetune_length=Length(given.finetune_seconds, given.finetune_steps),
         finetune_rate=given.finetune_rate,
         finetune_images=_pictures(thinned(train_index, given.finetune_images)),
         clock=given.clock,

@@ -16,10 +16,10 @@ from torch import nn
 
 from benchmarks.changes import changed
 from benchmarks.labelled import decoded
-from benchmarks.learning import budget, runs, setup
+from benchmarks.learning import budget, finetuning, runs, setup
 from benchmarks.learning.budget import Course, num_steps
 from benchmarks.learning.cases import CASES, VIT, model_config, task_of
-from benchmarks.learning.finetuning import Classifier, ClassifyTask
+from benchmarks.learning.finetuning import Classifier, ClassifyTask, Length, finetuned
 from benchmarks.learning.probing import (
     DecodedMap,
     MeanOverPositions,
@@ -316,6 +316,39 @@ def test_finetuning__labels_are_those_of_the_batch_and_the_encoder_is_a_copy(ima
     output.loss.backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None for p in enhancer.parameters())
     assert model.enhancer.backbone.patch_embed.proj.weight.grad is not None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "pilots"),
+    [(Length(60), 4, 1), (Length(60, steps=3), 3, 0), (Length(0, steps=2), 2, 0)],
+)
+def test_finetuning__is_as_long_as_the_steps_say_or_else_the_seconds(
+    images: ImageDataset, monkeypatch: pytest.MonkeyPatch, *, length: Length, steps: int, pilots: int
+) -> None:
+    counted = {"pilot": 0, "step": 0}
+    losses = ClassifyTask.losses
+
+    def pilot(*_: Any, **__: Any) -> float:
+        counted["pilot"] += 1
+        return 15.0
+
+    def step(*given: Any, **at: Any) -> Any:
+        counted["step"] += 1
+        return losses(*given, **at)
+
+    monkeypatch.setattr(finetuning, "step_seconds", pilot)
+    monkeypatch.setattr(ClassifyTask, "losses", step)
+    training = TrainingConfig(epochs=9, batch_size=4, precision="fp32")
+    enhancer = tiny_cim().enhancer
+    found = finetuned(enhancer, images, images, training, length=length, device=CPU, clock=Clock())
+    assert counted == {"pilot": pilots, "step": steps}
+    assert found["finetune_steps"] == steps
+
+
+def test_finetuning__length_says_whether_there_is_any_and_how_much() -> None:
+    lengths = [Length(0), Length(60, steps=0), Length(60), Length(0, steps=9)]
+    assert [bool(length) for length in lengths] == [False, False, True, True]
+    assert [length.fact() for length in lengths] == [0, "0 steps", 60, "9 steps"]
 
 
 def fake_setting() -> Any:

@@ -78,13 +78,17 @@ def test_command__small_run_is_done_once_and_reported(
         return dataclasses.replace(model_config(case, **sizes), objective=RESPIX_WIDE)
 
     monkeypatch.setattr(runs, "model_config", of_later_code)
-    command.main([*words[:-6], "random"])
+    command.main([*words[:-6], "random", "--finetune-steps", "2"])
     again = json.loads(out.read_text().splitlines()[-1])
     assert out.read_text().startswith(first)
     assert not any(map(MORE_PROBES.fullmatch, again))
     assert again["method"] == "random"
     assert again["model"] != lines[2]["model"]
-    assert f"| random, model {again['model']} | 1 |" in capsys.readouterr().out
+    assert again["finetune_steps"] == 2
+    assert (
+        f"| random, finetuning ['2 steps', 24, 0.002], model {again['model']} | 1 |"
+        in capsys.readouterr().out
+    )
 
 
 @pytest.mark.slow
