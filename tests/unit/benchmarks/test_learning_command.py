@@ -16,6 +16,8 @@ from cim_core.config import ModelConfig
 from cim_core.tokenizers.store import load_tokenizer
 from tests.unit.cim_core.tiny import write_images
 
+METHODS = ["pixels", "tokenizer-features", "random", "cim-revdet", "mae-long", "resnet18-cim-respix"]
+
 
 def test_command__set_needs_a_label(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="--label"):
@@ -46,26 +48,18 @@ def test_command__small_run_is_done_once_and_reported(
     words += ["--size", "32", "--batch", "4", "--points", "1", "--tokenizer-seconds", "0.1", "--threads", "1"]
     words += ["--tokenizer-width", "4", "--vocabulary", "8", "--finetune-seconds", "0.1"]
     words += ["--finetune-rate", "0.002"]
-    words += [
-        "--methods",
-        "pixels",
-        "tokenizer-features",
-        "random",
-        "cim-revdet",
-        "mae-long",
-        "resnet18-cim-respix",
-    ]
+    words += ["--methods", *METHODS]
     command.main(words)
     first = out.read_text()
     lines = [json.loads(line) for line in first.splitlines()]
-    assert [line["method"] for line in lines] == words[-6:]
+    assert [line["method"] for line in lines] == METHODS
     assert {"knn", "linear", "own_knn", "finetune", "diag_rankme", "curve"} <= set(lines[3])
     assert {"bn_knn", "bn_linear"} <= set(lines[5])
     assert lines[3]["steps"] >= 1
     assert "revdet_auc" in lines[3]["metrics"]
     assert "train_seconds" not in lines[2]
     assert load_tokenizer(tmp_path / "results-tokenizer").stride == 4  # half of --patch
-    own = [CASES[method].learning_rate for method in words[-3:]]
+    own = [CASES[method].learning_rate for method in METHODS[-3:]]
     assert own[0] != own[1]
     assert trained_at == own == [line["training"]["learning_rate"] for line in lines[3:]]
     assert finetuned_at == [0.002] * 4
@@ -78,7 +72,7 @@ def test_command__small_run_is_done_once_and_reported(
         return dataclasses.replace(model_config(case, **sizes), objective=RESPIX_WIDE)
 
     monkeypatch.setattr(runs, "model_config", of_later_code)
-    command.main([*words[:-6], "random", "--finetune-steps", "2"])
+    command.main([*words[: -len(METHODS)], "random", "--finetune-steps", "2"])
     again = json.loads(out.read_text().splitlines()[-1])
     assert out.read_text().startswith(first)
     assert not any(map(MORE_PROBES.fullmatch, again))
