@@ -1,5 +1,6 @@
 """Layouts, the fused update and the compiler: the same numbers but for rounding, and refusals that teach."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -162,11 +163,13 @@ def test_compile__a_network_that_a_backend_refuses_is_a_lesson(tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_compile__a_network_that_inductor_fails_on_is_a_lesson(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+def test_compile__a_network_that_inductor_fails_on_is_a_lesson() -> None:
+    """With torch's own patch of its settings: undoing pytest's would leave the setting deleted."""
     network = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LayerNorm(2))
     network.compile()
-    with pytest.raises(ConfigError, match=r"^training\.compile: .*got true: .*compiler.*; set") as e:  # noqa: SIM117
+    inductor = importlib.import_module("torch._inductor.config")
+    lesson = r"^training\.compile: .*got true: .*compiler.*; set"
+    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ConfigError, match=lesson) as e:  # noqa: SIM117
         with acceleration.explained_compiling():
             network(torch.ones(3, 2))
     assert isinstance(e.value.__cause__, torch._dynamo.exc.TorchDynamoException)
