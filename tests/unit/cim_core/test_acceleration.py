@@ -1,6 +1,5 @@
 """Layouts, the fused update and the compiler: the same numbers but for rounding, and refusals that teach."""
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -167,9 +166,9 @@ def test_compile__a_network_that_inductor_fails_on_is_a_lesson() -> None:
     """With torch's own patch of its settings: undoing pytest's would leave the setting deleted."""
     network = nn.Sequential(nn.Linear(2, 2), nn.GELU(), nn.LayerNorm(2))
     network.compile()
-    inductor = importlib.import_module("torch._inductor.config")
     lesson = r"^training\.compile: .*got true: .*compiler.*; set"
-    with inductor.patch({"cpp.cxx": ("no-such-compiler",)}), pytest.raises(ConfigError, match=lesson) as e:  # noqa: SIM117
+    nameless = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with nameless, pytest.raises(ConfigError, match=lesson) as e:  # noqa: SIM117
         with acceleration.explained_compiling():
             network(torch.ones(3, 2))
     assert isinstance(e.value.__cause__, torch._dynamo.exc.TorchDynamoException)
