@@ -11,6 +11,7 @@ from functools import reduce
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, get_args
 
+from cim_core import limits
 from cim_core.masking_config import MASKING, filled
 from cim_core.masking_config import MaskingConfig as MaskingConfig  # a part of ModelConfig
 from cim_core.rules import STRICT, Rules
@@ -40,7 +41,7 @@ class Duration:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.above(0, "steps", "epochs", "images")
+        limits.check_length(rules)
         given = [n for n in ("steps", "epochs", "images") if getattr(self, n) is not None]
         names = " and ".join(given) or "none of them"
         rules.check("steps", f"give exactly one of steps, epochs, images; {names} given", ok=len(given) == 1)
@@ -69,14 +70,16 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.at_least(1, "width", "blocks_per_group", "code_dim")
-        rules.at_least(2, "vocab_size")
+        rules.within(1, limits.MOST_CHANNELS, "width", "code_dim")
+        rules.within(1, limits.MOST_BLOCKS, "blocks_per_group")
+        rules.within(2, limits.MOST_CODES, "vocab_size")
+        rules.within(1, limits.MOST_PIXELS, "image_size")
         rules.check("stride", "must be 2, 4, 8 or 16", ok=self.stride in (2, 4, 8, 16))
         divides = self.stride > 0 and self.image_size > 0 and self.image_size % self.stride == 0
         rules.check("image_size", f"must be a positive multiple of the stride {self.stride}", ok=divides)
         rules.within(0.0, 1.0, "ema_decay", "kl_warmup")
-        rules.at_least(0, "commitment", "restart_below", "kl_weight")
-        rules.above(0, "temperature_start", "temperature_end")
+        rules.within(0, limits.MOST_WEIGHT, "commitment", "restart_below", "kl_weight")
+        rules.within(*limits.TEMPERATURES, "temperature_start", "temperature_end")
         rules.done()
 
     @property
@@ -122,9 +125,9 @@ class GeneratorConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.at_least(1, "depth", "width", "heads")
-        rules.above(0, "temperature")
-        rules.at_least(0, "layer_scale")
+        limits.check_blocks(rules)
+        rules.within(*limits.TEMPERATURES, "temperature")
+        rules.within(0, limits.MOST_WEIGHT, "layer_scale")
         if self.width and self.heads:
             rules.check("heads", f"must divide the width {self.width}", ok=self.width % self.heads == 0)
         rules.done()
@@ -144,7 +147,10 @@ class EnhancerConfig:
     def __post_init__(self) -> None:
         rules = Rules(self)
         rules.check("name", "must be a timm model name", ok=bool(self.name.strip()))
-        rules.at_least(0, "shared_blocks")
+        rules.within(0, limits.MOST_BLOCKS, "shared_blocks")
+        for name, value in self.options.items():
+            rule = limits.option_rule(name, value)
+            rules.check(f"options.{name}", rule, ok=not rule)
         decay = self.ema_decay
         rules.check("ema_decay", "must lie between 0 and 1, ends excluded", ok=decay is None or 0 < decay < 1)
         ours = {"img_size", "patch_size", "num_classes", "pretrained", "in_chans"} & set(self.options)
@@ -167,9 +173,9 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.at_least(2, "window")
-        rules.above(0, "weight")
-        rules.at_least(0, "l1", "l2")
+        rules.within(2, limits.MOST_PIXELS, "window")
+        rules.above(0, limits.MOST_WEIGHT, "weight")
+        rules.within(0, limits.MOST_WEIGHT, "l1", "l2")
         rules.check("l1", "must be above 0 where l2 is 0", ok=self.l1 + self.l2 > 0)
         rules.done()
 
@@ -185,7 +191,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.at_least(1, "depth", "width", "heads")
+        limits.check_blocks(rules)
         rules.check("width", "must be a multiple of 4, for its sin-cos positions", ok=self.width % 4 == 0)
         divides = self.heads > 0 and self.width % self.heads == 0
         rules.check("heads", f"must divide the width {self.width}", ok=divides)
@@ -227,7 +233,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.at_least(1, "image_size", "patch_size")
+        rules.within(1, limits.MOST_PIXELS, "image_size", "patch_size")
         fits = self.patch_size > 0 and self.image_size % self.patch_size == 0
         rules.check("image_size", f"must be a multiple of patch_size {self.patch_size}", ok=fits)
         if self.method not in get_args(Method):
@@ -337,14 +343,20 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.above(0, "epochs", "steps", "images", "learning_rate")
+        limits.check_length(rules)
         given = [n for n in ("epochs", "steps", "images") if getattr(self, n) is not None]
         names = " and ".join(given) or "none of them"
         rules.check("epochs", f"give exactly one of epochs, steps, images; {names} given", ok=len(given) == 1)
-        rules.at_least(1, "batch_size", "accumulation", "log_every")
-        rules.at_least(0, "min_learning_rate", "weight_decay", "clip_norm", "loader_workers", "seed")
-        rules.within(0.0, 1.0, "beta1", "beta2", "crop_min")
-        rules.above(0, "crop_min")
+        rules.within(1, limits.MOST_IMAGES_A_STEP, "batch_size", "accumulation")
+        rules.within(1, limits.MOST_STEPS, "log_every")
+        rules.above(0, limits.MOST_RATE, "learning_rate")
+        rules.within(0, limits.MOST_RATE, "min_learning_rate", "weight_decay")
+        rules.within(0, limits.MOST_WEIGHT, "clip_norm")
+        rules.within(0, limits.MOST_LOADERS, "loader_workers")
+        rules.within(0, limits.LARGEST_SEED, "seed")
+        for name in ("beta1", "beta2"):  # AdamW divides by 1 - beta
+            rules.check(name, "must lie between 0 and 1, 1 excluded", ok=0 <= getattr(self, name) < 1)
+        rules.above(0, 1, "crop_min")
         high = self.min_learning_rate > self.learning_rate
         rules.check("min_learning_rate", f"must not exceed learning_rate {self.learning_rate}", ok=not high)
         divides = self.accumulation > 0 and self.batch_size % self.accumulation == 0

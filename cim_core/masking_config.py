@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from cim_core.rules import STRICT, Rules
 
+MOST_CELLS = 10**6
 _SMALLEST_UNITS = 6  # mask units a side that an image has at least: SimMIM's 32 pixels at 192 and at 224
 
 
@@ -23,11 +24,11 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         rules = Rules(self)
-        rules.within(0.0, 1.0, "min_ratio", "max_ratio")
-        rules.above(0, "max_ratio")
+        rules.within(0.0, 1.0, "min_ratio")
+        rules.above(0, 1, "max_ratio")
         ordered = self.min_ratio is None or self.max_ratio is None or self.max_ratio >= self.min_ratio
         rules.check("max_ratio", f"must not be below min_ratio {self.min_ratio}", ok=ordered)
-        rules.at_least(1, "block_min_cells", "unit")
+        rules.within(1, MOST_CELLS, "block_min_cells", "unit")
         rules.done()
 
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from service.contracts.addresses import without_secrets
 from service.contracts.problems import FieldProblem, Problem
+from service.db.failures import DatabaseFailure, kind_of
 from service.errors import InvalidSpecError, ServiceError
 
 logger = logging.getLogger(__name__)
@@ -28,8 +28,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServiceError, _service_error)
     app.add_exception_handler(RequestValidationError, _invalid_request)
     app.add_exception_handler(HTTPException, _http_error)
-    for kind in (OperationalError, InterfaceError, PoolTimeoutError):
-        app.add_exception_handler(kind, _no_database)
+    app.add_exception_handler(SQLAlchemyError, _database_error)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -105,14 +104,22 @@ def _methods_at(request: Request) -> set[str]:
     return {method for route in routes for method in getattr(route, "methods", None) or ()}
 
 
-async def _no_database(_request: Request, error: Exception) -> Response:
-    logger.error("the database does not answer: %s", error)
-    # The reply to a commit may be what was lost.
-    detail = (
-        "the database does not answer, so it is not certain whether this request was carried out; try again, "
-        "with the same Idempotency-Key where there was one"
-    )
-    return problem_response(problem_of(503, code="database_unavailable", detail=detail))
+async def _database_error(request: Request, error: Exception) -> Response:
+    match kind_of(error):
+        case DatabaseFailure.CONNECTION:
+            logger.error("the database does not answer: %s", error)
+            # The reply to a commit may be what was lost.
+            detail = (
+                "the database does not answer, so it is not certain whether this request was carried out; "
+                "try again, with the same Idempotency-Key where there was one"
+            )
+            return problem_response(problem_of(503, code="database_unavailable", detail=detail))
+        case DatabaseFailure.CONTENTION:
+            logger.error("the database is too busy: %s", error)
+            detail = "the database is too busy with other requests; nothing was changed, try again"
+            return problem_response(problem_of(503, code="database_busy", detail=detail))
+        case _:
+            return await _unexpected(request, error)
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:

@@ -12,4 +12,4 @@ class Contract(BaseModel):
 class Stored(BaseModel):
     """A frozen model read from a peer or a row: keys that a newer version added are dropped."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)

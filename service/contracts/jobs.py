@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field
 
 from service.contracts.base import Stored
 from service.contracts.estimates import Estimate
+from service.contracts.storable import LARGEST_NUMBER
 
 
 class JobState(StrEnum):
@@ -47,6 +48,9 @@ class FailureKind(StrEnum):
 
 # Databases count in 64 bits.
 Count = Annotated[int, Field(ge=0, le=2**62)]
+Amount = Annotated[float, Field(ge=0, le=1e30)]  # of time, images, epochs
+MetricValue = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+MetricKey = Annotated[str, Field(min_length=1, max_length=250, pattern=r"^[^\x00]*$")]
 
 
 class Progress(Stored):
@@ -54,9 +58,9 @@ class Progress(Stored):
 
     step: Count = 0
     total_steps: Count | None = None
-    epoch: float | None = None
-    images_per_s: float | None = None
-    eta_s: float | None = None
+    epoch: Amount | None = None
+    images_per_s: Amount | None = None
+    eta_s: Amount | None = None
     message: str = ""  # what happens now, e.g. "reading 500 images"
 
 
@@ -134,8 +138,8 @@ class MetricPoint(Stored):
     """One value of one curve."""
 
     step: Count
-    key: str = Field(min_length=1, max_length=250)
-    value: float
+    key: MetricKey
+    value: MetricValue
 
 
 class LogLine(Stored):

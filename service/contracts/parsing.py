@@ -1,13 +1,12 @@
 """From what a user wrote to a spec, or to the list of all mistakes in it."""
 
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
 from cim_core.errors import ConfigError
-from service.contracts import checks
+from service.contracts import checks, storable
 from service.contracts.addresses import without_secrets
 from service.contracts.lessons import missing_for_method, place_of, problems_of, shown, unknown_kind
 from service.contracts.problems import FieldProblem
@@ -21,6 +20,7 @@ _MOST_ROUNDS = 8
 _MOST_VALUES = 1_000  # the longest sensible spec has two hundred; each mistake among them takes time
 _MOST_PROBLEMS = 200  # of several documents; who has more reads no further
 _DEEPEST = 32  # levels; the models have five
+_LONGEST_SHOWN = 200  # characters
 
 
 def parse(raw: object, *, where: str = "") -> AnySpec:
@@ -86,10 +86,10 @@ def examine(raw: object) -> tuple[AnySpec | None, list[FieldProblem]]:
 
 def _examine_kind(raw: Mapping[str, Any], kind: str) -> tuple[AnySpec | None, list[FieldProblem]]:
     """Validate, take what is wrong out, validate the rest: a broken part must not hide other mistakes."""
-    unsound = dict(_unsound(raw))
-    told = (*unsound.values(), *missing_for_method(raw, kind=kind))
+    unstorable = dict(_unstorable(raw))
+    told = (*unstorable.values(), *missing_for_method(raw, kind=kind))
     found = {problem.path: problem for problem in told}
-    removed = set(unsound)
+    removed = set(unstorable)
     rest: Any = _without(raw, removed)
     for _ in range(_MOST_ROUNDS):
         try:
@@ -171,27 +171,14 @@ def _nested_too_deep(raw: object) -> bool:
     return bool(level)
 
 
-def _unsound(raw: object) -> Iterator[tuple[tuple[Part, ...], FieldProblem]]:
-    """Texts and numbers that no database takes: NUL, half characters, infinities."""
-    todo: list[tuple[tuple[Part, ...], object]] = [((), raw)]
-    while todo:
-        parts, value = todo.pop()
-        if isinstance(value, dict):
-            todo += [((*parts, key), inner if _sound(key) else key) for key, inner in value.items()]
-        elif isinstance(value, list):
-            todo += [((*parts, number), inner) for number, inner in enumerate(value)]
-        elif not _sound(value):
-            path = dotted([part if _sound(part) else repr(part) for part in parts])
-            told = f"must be a finite number or printable text, got {value!r}"
-            yield parts, FieldProblem(path=path, message=told, value=repr(value))
-
-
-def _sound(value: object) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, str):
-        return "\x00" not in value and not any("\ud800" <= character <= "\udfff" for character in value)
-    return True
+def _unstorable(raw: object) -> Iterator[tuple[tuple[Part, ...], FieldProblem]]:
+    """Texts and numbers that no database takes."""
+    for parts, value, rule in storable.faults(raw):
+        readable = [
+            repr(part) if isinstance(part, str) and not storable.is_text(part) else part for part in parts
+        ]
+        got = repr(value)[:_LONGEST_SHOWN]
+        yield parts, FieldProblem(path=dotted(readable), message=f"{rule}, got {got}", value=got)
 
 
 def _mistaken_truths(raw: Mapping[str, Any], spec: AnySpec) -> Iterator[FieldProblem]:

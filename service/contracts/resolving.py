@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 from cim_core.config import Duration, GeneratorConfig, ModelConfig, ObjectiveConfig, TrainingConfig
+from cim_core.limits import LEAST_EPOCHS
 from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width
 from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 
@@ -85,7 +86,7 @@ def _training(training: TrainingConfig) -> TrainingConfig:
 def _part(length: Duration, parts: int) -> Duration:
     """One of `parts` parts of the training, in the unit in which its length is given."""
     if length.epochs is not None:
-        return Duration(epochs=length.epochs / parts)
+        return Duration(epochs=max(LEAST_EPOCHS, length.epochs / parts))
     if length.steps is not None:
         return Duration(steps=max(1, round(length.steps / parts)))
     assert length.images is not None

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from cim_core.config import Duration, ModelConfig, TokenizerConfig, TokenizerTrainingConfig, TrainingConfig
+from cim_core.limits import LARGEST_SEED, TEMPERATURES
 from service.contracts.base import Contract
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
@@ -109,8 +110,8 @@ class Knn(Contract):
     """Weighted k-nearest-neighbour accuracy on frozen features."""
 
     name: Literal["knn"] = "knn"
-    k: int = Field(default=20, ge=1)
-    temperature: float = Field(default=0.07, gt=0)
+    k: int = Field(default=20, ge=1, le=10_000)
+    temperature: float = Field(default=0.07, ge=TEMPERATURES[0], le=TEMPERATURES[1])
 
 
 class EvaluateSpec(_Spec):
@@ -121,8 +122,8 @@ class EvaluateSpec(_Spec):
     data: LabelledData
     tasks: list[Knn] = Field(default_factory=lambda: [Knn()], min_length=1, max_length=16)
     compare_random: bool = True
-    batch_size: int = Field(default=64, ge=1)
-    seed: int = Field(default=0, ge=0)
+    batch_size: int = Field(default=64, ge=1, le=65_536)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
 
     @field_validator("tasks", mode="before")
     @classmethod

@@ -2,13 +2,35 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from service.contracts.allowed import ANYWHERE
 from service.contracts.base import Stored
-from service.contracts.jobs import Count, FailureKind, FileEntry, MetricPoint, Progress
+from service.contracts.jobs import (
+    Count,
+    FailureKind,
+    FileEntry,
+    MetricKey,
+    MetricPoint,
+    MetricValue,
+    Progress,
+)
+from service.contracts.storable import UnstorableError, dumps
 
 Plain = bool | int | float | str | None
+# What one call may hold, so that none takes the database or the process for long.
+MOST_POINTS, MOST_FILES, MOST_PLAN_CHARS = 10_000, 100_000, 2**20
+Manifest = Annotated[list[FileEntry], Field(max_length=MOST_FILES)]
+
+
+def _plan(plan: dict[str, Any] | None) -> dict[str, Any] | None:
+    try:
+        size = len(dumps(plan))
+    except UnstorableError as error:
+        raise ValueError(str(error)) from error
+    if size > MOST_PLAN_CHARS:
+        raise ValueError(f"must be at most {MOST_PLAN_CHARS} characters of JSON, got {size}")
+    return plan
 
 
 class Claim(Stored):
@@ -29,8 +51,8 @@ class Checkpoint(Stored):
     """A committed checkpoint: nothing exists that its manifest does not name."""
 
     step: Count
-    prefix: str  # attempts/N/checkpoints/step-M, below jobs/JOB_ID/
-    files: list[FileEntry]
+    prefix: Annotated[str, Field(max_length=1024)]  # attempts/N/checkpoints/step-M, below jobs/JOB_ID/
+    files: Manifest
 
 
 class Assignment(Stored):
@@ -51,9 +73,10 @@ class Report(Stored):
     """Progress and metrics since the last report; repeating one is harmless."""
 
     progress: Progress
-    metrics: list[MetricPoint] = Field(default_factory=list)
-    files: list[FileEntry] = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
-    plan: dict[str, Plain | list[Plain]] | None = None  # the durations in steps, once they are known
+    metrics: list[MetricPoint] = Field(default_factory=list, max_length=MOST_POINTS)
+    files: Manifest = Field(default_factory=list)  # finished artifacts, e.g. samples/step-100.png
+    # The durations in steps, once they are known.
+    plan: Annotated[dict[str, Plain | list[Plain]] | None, AfterValidator(_plan)] = None
     # Since the training last showed a sign of life; 1e9 s are 31 years, and still have a date.
     idle_s: float = Field(default=0.0, ge=0, le=1e9)
 
@@ -78,6 +101,6 @@ class Finish(Stored):
     step: Count
     total_steps: Count | None = None
     failure: Failure | None = None
-    metrics: dict[str, float] = Field(default_factory=dict)
-    files: list[FileEntry] = Field(default_factory=list)
+    metrics: dict[MetricKey, MetricValue] = Field(default_factory=dict, max_length=MOST_POINTS)
+    files: Manifest = Field(default_factory=list)
     warnings: list[Annotated[str, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)

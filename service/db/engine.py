@@ -6,16 +6,13 @@ from functools import partial
 from typing import Any
 
 from sqlalchemy import URL, Connection, event, make_url
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 
+from service.contracts import storable
 from service.db import line
 
 Sessions = async_sessionmaker[AsyncSession]
 
-# What SQLAlchemy raises when the database is away or too busy, as opposed to a mistake of ours.
-OUTAGES = (OperationalError, InterfaceError, PoolTimeoutError)
 BUSY_TIMEOUT_MS = 30_000
 IDLE_LIMIT_S = 30.0
 _READS = "cim_only_reads"
@@ -45,11 +42,11 @@ def create_engine(
     SQLite is put into WAL mode, waits for other writers, and enforces foreign keys. PostgreSQL ends
     a transaction in which nothing happens for `idle_limit_s`: a process that was frozen in the middle
     of one, or whose host is gone, would hold its locks for ever. Nothing waits for PostgreSQL for
-    longer than `patience` says; what did raises one of `OUTAGES`.
+    longer than `patience` says; what did raises an outage (`service.db.failures`).
     """
     url = make_url(database_url)
     if url.get_backend_name() == "sqlite":
-        engine = create_async_engine(url)
+        engine = create_async_engine(url, json_serializer=storable.dumps)
         event.listen(engine.sync_engine, "connect", _prepare_sqlite)
         event.listen(engine.sync_engine, "begin", _begin_sqlite)
         event.listen(engine.sync_engine, "invalidate", _roll_back_sqlite)
@@ -70,6 +67,7 @@ async def only_reads(session: AsyncSession) -> None:
 def _create_postgres(url: URL, *, idle_limit_s: float, patience: Patience) -> AsyncEngine:
     engine = create_async_engine(
         url,
+        json_serializer=storable.dumps,
         pool_pre_ping=True,
         pool_size=10,
         max_overflow=20,

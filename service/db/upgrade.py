@@ -14,6 +14,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.pool import NullPool
 
+from service.contracts import storable
 from service.db import line
 
 _HERE = Path(__file__).parent
@@ -57,9 +58,14 @@ def upgrade(database_url: str, *, revision: str = "head") -> None:
 
 def _engine(url: URL) -> Engine:
     if url.get_backend_name() == "sqlite":
-        return create_engine(url.set(drivername="sqlite"), poolclass=NullPool)
+        return create_engine(url.set(drivername="sqlite"), poolclass=NullPool, json_serializer=storable.dumps)
     # A server that has vanished is given up, but a statement may take its time: a migration rewrites tables.
-    return create_engine(url, poolclass=NullPool, connect_args=line.parameters(url, connect_s=_CONNECT_S))
+    return create_engine(
+        url,
+        poolclass=NullPool,
+        json_serializer=storable.dumps,
+        connect_args=line.parameters(url, connect_s=_CONNECT_S),
+    )
 
 
 @cache

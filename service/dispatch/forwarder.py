@@ -9,15 +9,18 @@ import asyncio
 import json
 import logging
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, JobState
 from service.db import moves, queries
-from service.db.engine import OUTAGES, Sessions, only_reads
+from service.db.apart import read_apart
+from service.db.engine import Sessions, only_reads
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import FileRow, JobRow
 from service.dispatch.tracker import (
@@ -30,13 +33,17 @@ from service.dispatch.tracker import (
     TrackerRefusedError,
     TrackerUnavailableError,
 )
+from service.dispatch.troubles import Troubles
 from service.domain.names import job_prefix
 from service.store.base import MissingObjectError, ObjectStore, StoreError
 
 logger = logging.getLogger(__name__)
 
 _JOBS_A_PASS = 500
-_FILES_A_READ = 100
+# A job with a backlog of hours takes part of each pass, not all of it.
+_READS_A_TURN = 20  # of points, MAX_BATCH each
+_FILES_A_TURN = 20
+_ANY_KEY = "jobs/none"
 UNFINISHED = (
     select(JobRow.id)
     .where(JobRow.attempt > 0, JobRow.mlflow_closed.is_(False))
@@ -66,45 +73,69 @@ class Forwarder:
     """Keeps one run a job up to date."""
 
     def __init__(
-        self, sessions: Sessions, tracker: Tracker, store: ObjectStore, *, lease: Lease, public_url: str
+        self,
+        sessions: Sessions,
+        tracker: Tracker,
+        store: ObjectStore,
+        *,
+        lease: Lease,
+        public_url: str,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._sessions, self._tracker, self._store = sessions, tracker, store
         self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._public_url = public_url
-        self._complained = ""
+        self._troubles = Troubles(self._guarded, what="MLflow does not get all of it", monotonic=monotonic)
+        self._away: set[type[Exception]] = set()  # what was said to be away
         self._turn: list[str] = []  # jobs that this round has not come to yet
 
     async def run_once(self) -> None:
         """Bring the runs of all jobs that were ever launched up to date.
 
-        Raises LeaseLostError once another dispatcher may be at it, and one of `OUTAGES` when the
-        database is away: it is for the other jobs too.
+        What goes wrong for one of them is that job's trouble alone. Raises LeaseLostError once another
+        dispatcher may be at it, and what the database raises when it is away.
         """
+        self._troubles.begin()
+        away: set[type[Exception]] = set()
         for job in await self._unfinished():
-            try:
-                await self._forward_or_give_up(job)
-            except TrackerUnavailableError as error:
-                # It is down for the others too.
-                self._complain(str(error))
-                return
-            except StoreError as error:
-                self._complain(f"pictures of job {job.id} wait: {error}")
-            except (LeaseLostError, *OUTAGES):
-                raise
-            except Exception:
-                logger.exception("job %s could not be forwarded", job.id)
-            else:
-                self._complained = ""
+            async with self._troubles.turn(job.id):
+                try:
+                    await self._forward_or_give_up(job)
+                except (TrackerUnavailableError, StoreError) as error:
+                    if not await self._is_away(error):
+                        raise
+                    away.add(type(error))
+            if TrackerUnavailableError in away:
+                break  # it is down for the others too
+        self._away = away
+        await self._troubles.end()
 
     async def _unfinished(self) -> list[JobRow]:
         """The next jobs in turn: newest first alone, busy ones could hold up one that has ended for ever."""
-        async with self._sessions.begin() as session:
-            await only_reads(session)
-            if not self._turn:
+        if not self._turn:
+            async with self._sessions.begin() as session:
+                await only_reads(session)
                 self._turn = list(await session.scalars(UNFINISHED))
-            turn, self._turn = self._turn[:_JOBS_A_PASS], self._turn[_JOBS_A_PASS:]
-            found = await queries.jobs_by_id(session, turn) if turn else {}
-        return [job for job_id in turn if (job := found.get(job_id)) and not job.mlflow_closed]
+        turn, self._turn = self._turn[:_JOBS_A_PASS], self._turn[_JOBS_A_PASS:]
+        resting = self._troubles.resting
+        found, faults = await read_apart(self._sessions, [i for i in turn if i not in resting], _jobs)
+        for job_id, error in faults.items():
+            await self._troubles.note(job_id, error)
+        return [job for job in found if not job.mlflow_closed]
+
+    async def _is_away(self, error: TrackerUnavailableError | StoreError) -> bool:
+        """Whether what failed for one job fails at anything; if so, say it, once an outage."""
+        try:
+            if isinstance(error, StoreError):
+                await asyncio.to_thread(self._store.stat, _ANY_KEY)
+            else:
+                await self._tracker.check()
+        except (TrackerUnavailableError, StoreError) as found:
+            if type(error) not in self._away:
+                logger.warning("what MLflow lacks waits: %s", found)
+                self._away.add(type(error))
+            return True
+        return False
 
     async def _forward_or_give_up(self, job: JobRow) -> None:
         try:
@@ -115,9 +146,9 @@ class Forwarder:
     async def _forward(self, job: JobRow) -> None:
         """`job` was read before its points and files: if it was final then, they are complete."""
         run_id = job.mlflow_run_id or await self._begin(job)
-        await self._forward_points(job, run_id)
-        await self._forward_pictures(job, run_id)
-        if job.state in FINAL:
+        complete = await self._forward_points(job, run_id)
+        complete &= await self._forward_pictures(job, run_id)
+        if complete and job.state in FINAL:
             await self._close(job, run_id)
 
     async def _begin(self, job: JobRow) -> str:
@@ -152,31 +183,30 @@ class Forwarder:
         if job.mlflow_closed and job.state in FINAL:
             await self._end(job, job.mlflow_run_id)
 
-    async def _forward_points(self, job: JobRow, run_id: str) -> None:
+    async def _forward_points(self, job: JobRow, run_id: str) -> bool:
+        """Send what is new, as much as one turn allows; whether that was all."""
         mark = job.mlflow_metric_mark
-        while True:
+        for _ in range(_READS_A_TURN):
             async with self._sessions.begin() as session:
                 await only_reads(session)
                 rows = await queries.metrics_beyond(session, job.id, mark=mark, limit=MAX_BATCH)
             if not rows:
-                return
+                return True
             points = [Point(key=row.key, step=row.step, value=row.value, at=row.at) for row in rows]
             await self._tracker.log_points(run_id, points)
             mark = rows[-1].id
             await self._write(job.id, mlflow_metric_mark=mark)
+        return False
 
-    async def _forward_pictures(self, job: JobRow, run_id: str) -> None:
-        mark = job.mlflow_file_mark
-        while True:
-            async with self._sessions.begin() as session:
-                await only_reads(session)
-                rows = await queries.files_beyond(session, job.id, mark=mark, limit=_FILES_A_READ)
-            if not rows:
-                return
-            for row in rows:
-                await self._forward_picture(row, run_id)
-                mark = row.id
-                await self._write(job.id, mlflow_file_mark=mark)
+    async def _forward_pictures(self, job: JobRow, run_id: str) -> bool:
+        """Send what is new, as much as one turn allows; whether that was all."""
+        async with self._sessions.begin() as session:
+            await only_reads(session)
+            rows = await queries.files_beyond(session, job.id, mark=job.mlflow_file_mark, limit=_FILES_A_TURN)
+        for row in rows:
+            await self._forward_picture(row, run_id)
+            await self._write(job.id, mlflow_file_mark=row.id)
+        return len(rows) < _FILES_A_TURN
 
     async def _forward_picture(self, row: FileRow, run_id: str) -> None:
         sample = _SAMPLE.fullmatch(row.path)
@@ -232,11 +262,10 @@ class Forwarder:
         async with self._guarded.begin() as session:
             await session.execute(update(JobRow).where(JobRow.id == job_id).values(**columns))
 
-    def _complain(self, told: str) -> None:
-        # Once an outage, not once a second.
-        if told != self._complained:
-            logger.warning("%s", told)
-            self._complained = told
+
+async def _jobs(session: AsyncSession, some: Sequence[str]) -> Sequence[JobRow]:
+    found = await queries.jobs_by_id(session, some)
+    return [found[job_id] for job_id in some if job_id in found]
 
 
 def flatten(tree: Mapping[str, Any], *, prefix: str = "") -> dict[str, str]:

@@ -4,9 +4,9 @@ import asyncio
 import logging
 import random
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 
-from service.db.engine import OUTAGES, Sessions
+from service.db.engine import Sessions
+from service.db.failures import DatabaseFailure, is_outage, kind_of
 from service.db.leases import Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder
 from service.dispatch.garbage import Collector
@@ -40,7 +40,6 @@ async def dispatch(
     token = settings.ray_token.get_secret_value() if settings.ray_token else None
     launcher = RayLauncher(settings.ray_url, token=token)
     leadership = Leadership(sessions, owner=replica_name(), lease_s=settings.lease_s, stop=stop)
-    collector = Collector(sessions, store, after_s=settings.garbage_after_s)
 
     async def reconcile(lease: Lease, over: asyncio.Event) -> None:
         # A new one for each lease: what an earlier one saw of the cluster is old.
@@ -51,8 +50,9 @@ async def dispatch(
         tracker = await asyncio.to_thread(open_tracker, settings)
         await leadership.lead(FORWARD, _forwarding(settings, sessions, store, tracker, stop=stop))
 
-    async def collect(_lease: Lease, over: asyncio.Event) -> None:
+    async def collect(lease: Lease, over: asyncio.Event) -> None:
         # Passes may overlap, so the lease only spares work.
+        collector = Collector(sessions, store, lease=lease, after_s=settings.garbage_after_s)
         await repeat(collector.run_once, every_s=settings.garbage_every_s, stop=over)
 
     try:
@@ -103,7 +103,7 @@ async def repeat(work: Callable[[], Awaitable[None]], *, every_s: float, stop: a
 
 
 class _Failures:
-    """Failed passes in a row. The database's absence is told once, anything else each time and in full."""
+    """Failed passes in a row. An outage of the database is told once, anything else each time and in full."""
 
     def __init__(self) -> None:
         self.num_in_a_row = 0
@@ -111,16 +111,22 @@ class _Failures:
 
     def tell(self, error: Exception) -> None:
         self.num_in_a_row += 1
-        if not isinstance(error, OUTAGES):
+        if not is_outage(error):
             logger.error("a pass failed, %d in a row", self.num_in_a_row, exc_info=error)
         elif not self._away:
-            logger.warning("the database does not answer: %s", first_line(error))
+            logger.warning("%s", outage_text(error))
             self._away = True
 
     def over(self) -> None:
         if self._away:
             logger.info("the database answers again")
         self.num_in_a_row, self._away = 0, False
+
+
+def outage_text(error: Exception) -> str:
+    """What an outage of the database is, for the log and for whoever asks why nothing goes on."""
+    busy = kind_of(error) is DatabaseFailure.CONTENTION
+    return f"the database {'is too busy' if busy else 'does not answer'}: {first_line(error)}"
 
 
 def _forwarding(
@@ -131,7 +137,10 @@ def _forwarding(
         await repeat(forwarder.run_once, every_s=settings.forward_every_s, stop=over)
         if stop.is_set():
             # What ended in the last second is still worth a try, but no trouble at the end.
-            with suppress(*OUTAGES):
+            try:
                 await forwarder.run_once()
+            except Exception as error:
+                if not is_outage(error):
+                    raise
 
     return forward

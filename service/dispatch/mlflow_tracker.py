@@ -45,6 +45,10 @@ class MlflowTracker:
         self._client = MlflowClient(tracking_uri=url)
         self._experiment_id: str | None = None
 
+    async def check(self) -> None:
+        """Ask for the experiment, whose name is anything that exists."""
+        await self._call(self._client.get_experiment_by_name, self._experiment)
+
     async def ensure_run(self, run: NewRun) -> str:
         """Search by the job's tag first: an earlier try may have made the run and lost the reply."""
         return await self._call(self._ensure_run, run)

@@ -106,12 +106,12 @@ class RayLauncher:
         try:
             nodes = [n for n in answer["data"]["result"]["result"] if n["state"] == "ALIVE"]
             totals = [node["resources_total"] for node in nodes]
-        except (TypeError, KeyError) as error:
+            return Needs(
+                cpus=sum(float(total.get("CPU", 0)) for total in totals),
+                gpus=sum(float(total.get("GPU", 0)) for total in totals),
+            )
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
             raise self._unavailable(f"cannot read the list of nodes ({error!r})") from error
-        return Needs(
-            cpus=sum(float(total.get("CPU", 0)) for total in totals),
-            gpus=sum(float(total.get("GPU", 0)) for total in totals),
-        )
 
     async def _get(self, path: str) -> Any:
         """The JSON at `path`, or None for 404."""

@@ -20,11 +20,13 @@ from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
 from service.contracts.tokens import claim_code
 from service.db import moves
-from service.db.engine import OUTAGES, Sessions
+from service.db.engine import Sessions
+from service.db.failures import is_outage
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.dispatch import observe, record
 from service.dispatch.launcher import Launcher, LauncherUnavailableError, Submission
 from service.dispatch.observe import Leftover, Observed
+from service.dispatch.troubles import Troubles
 from service.domain.decide import (
     Action,
     Change,
@@ -89,49 +91,89 @@ class Reconciler:
         self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._rules, self._clock, self._monotonic = rules, clock, monotonic
         self._gone_since: dict[str, float] = {}  # submission: when we first saw it ended or missing
+        self._troubles = Troubles(
+            self._guarded, what="the dispatcher cannot go on with it", clock=clock, monotonic=monotonic
+        )
+        self._unreadable: frozenset[str] = frozenset()  # in the last pass
         self._complained = ""
         self._whole_queue_at = -math.inf  # when it is due
 
     async def run_once(self) -> None:
         """Do for every open job the next thing that it needs.
 
-        Raises LeaseLostError once another dispatcher may be at it; the rest of the pass is dropped.
+        What goes wrong for one of them is that job's trouble alone. Raises LeaseLostError once another
+        dispatcher may be at it, and what the database raises when it is away; the rest is dropped then.
         """
         began = self._monotonic()
         whole = began >= self._whole_queue_at
-        jobs = await observe.open_jobs(
-            self._sessions, now=self._clock(), most_queued=None if whole else _QUEUE_HEAD
+        self._troubles.begin()
+        resting = self._troubles.resting
+        found = await observe.open_jobs(
+            self._sessions,
+            now=self._clock(),
+            most_queued=None if whole else _QUEUE_HEAD,
+            without=self._unreadable & resting,
         )
-        sights = await self._look(jobs)
+        for job_id, error in found.unreadable.items():
+            await self._troubles.note(job_id, error)
+        jobs = found.jobs
+        self._unreadable = (self._unreadable & resting) | found.unreadable.keys()
+        turns = [observed for observed in jobs if observed.job.id not in resting]
+        sights = await self._look(turns)
         now = self._clock()
-        admissions = await self._admissions(
-            [o for o in jobs if ready(o.job, sights[o.job.id], now=now)], jobs
-        )
-        reasons: list[tuple[moves.Seen, str]] = []
-        for observed in jobs:
-            job = observed.job
-            admission = admissions.get(job.id)
-            limits = self._rules.limits
-            decided = decide(job, sights[job.id], admission=admission, now=now, limits=limits)
-            if not isinstance(decided, Keep):
-                await self._carry_out(observed, decided)
-            elif decided.reason not in (None, observed.reason):
-                reasons.append((observed.seen, decided.reason))
-        await record.reasons(self._guarded, reasons, now=now)
+        await self._serve(turns, sights, await self._admissions(turns, jobs, sights, now=now), now=now)
         await self._clear_up()
+        await self._troubles.end()
         if whole:
             ended = self._monotonic()
             self._whole_queue_at = ended + max(_WHOLE_QUEUE_EVERY_S, _WHOLE_QUEUE_PAUSE * (ended - began))
 
-    async def _look(self, jobs: Sequence[Observed]) -> dict[str, Sight]:
+    async def _serve(
+        self,
+        turns: Sequence[Observed],
+        sights: Mapping[str, Sight],
+        admissions: Mapping[str, str | None],
+        *,
+        now: datetime,
+    ) -> None:
+        """Decide for each job and act on it; what they only have to say is written for all at once."""
+        reasons: list[tuple[moves.Seen, str]] = []
+        for observed in turns:
+            job, limits = observed.job, self._rules.limits
+            async with self._troubles.turn(job.id):
+                decided = decide(
+                    job, sights[job.id], admission=admissions.get(job.id), now=now, limits=limits
+                )
+                if not isinstance(decided, Keep):
+                    await self._act(observed, decided)
+                elif decided.reason not in (None, observed.reason):
+                    reasons.append((observed.seen, decided.reason))
+        await self._write_reasons(reasons, now=now)
+
+    async def _write_reasons(self, reasons: Sequence[tuple[moves.Seen, str]], *, now: datetime) -> None:
+        """Together, because a queue may have thousands; one by one where that fails."""
+        try:
+            await record.reasons(self._guarded, reasons, now=now)
+        except LeaseLostError:
+            raise
+        except Exception as error:
+            if is_outage(error):
+                raise
+            for one in reasons:
+                async with self._troubles.turn(one[0].id):
+                    await record.reasons(self._guarded, [one], now=now)
+
+    async def _look(self, turns: Sequence[Observed]) -> dict[str, Sight]:
         """What the cluster says about the latest attempt of each job."""
-        sights = {observed.job.id: Sight() for observed in jobs}
+        sights = {observed.job.id: Sight() for observed in turns}
         # A queued one may have an earlier attempt that still ends: its user resumed or retried it.
-        shown = (o for o in jobs if o.job.attempt > 0 and o.job.state is not JobState.PAUSED)
+        shown = (o for o in turns if o.job.attempt > 0 and o.job.state is not JobState.PAUSED)
 
         async def look() -> None:
             for observed in shown:  # each takes the next one
-                sights[observed.job.id] = await self._sight(observed.submission_id)
+                sights[observed.job.id] = Sight(known=False)
+                async with self._troubles.turn(observed.job.id):
+                    sights[observed.job.id] = await self._sight(observed.submission_id)
 
         await asyncio.gather(*(look() for _ in range(_ASKED_AT_ONCE)))
         return sights
@@ -149,10 +191,15 @@ class Reconciler:
         return Sight(job=job, gone_for_s=self._monotonic() - since)
 
     async def _admissions(
-        self, waiting: Iterable[Observed], jobs: Iterable[Observed]
+        self,
+        turns: Iterable[Observed],
+        jobs: Iterable[Observed],
+        sights: Mapping[str, Sight],
+        *,
+        now: datetime,
     ) -> Mapping[str, str | None]:
         """Which of the ready jobs may start; the others with the reason why they wait."""
-        waiting = list(waiting)
+        waiting = [observed for observed in turns if ready(observed.job, sights[observed.job.id], now=now)]
         if not waiting:
             return {}
         try:
@@ -168,17 +215,6 @@ class Reconciler:
             max_active=self._rules.max_active,
         )
         return admit((_candidate(observed) for observed in waiting), load)
-
-    async def _carry_out(self, observed: Observed, decided: Action) -> None:
-        """Act on one decision. One job's trouble is not another's."""
-        try:
-            await self._act(observed, decided)
-        except (LeaseLostError, *OUTAGES):
-            raise
-        except LauncherUnavailableError as error:
-            self._complain(error)
-        except Exception:
-            logger.exception("job %s: %s could not be carried out", observed.job.id, decided)
 
     async def _act(self, observed: Observed, decided: Action) -> None:
         job, now = observed.job, self._clock()
@@ -270,8 +306,9 @@ class Reconciler:
     async def _clear_up(self) -> None:
         """See to the attempts that should be over; one that does not answer holds up no pass."""
         left = _UNANSWERED
-        for leftover in await observe.leftovers(self._sessions):
-            left -= not await self._clear_away(leftover)
+        for leftover in await observe.leftovers(self._sessions, without=self._troubles.resting):
+            async with self._troubles.turn(leftover.job_id):
+                left -= not await self._clear_away(leftover)
             if not left:
                 return
 

@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.contracts.jobs import FailureKind, JobState
+from service.contracts.jobs import FINAL, FailureKind, JobState
 from service.db import moves, queries
 from service.db.leases import GuardedSessions
 from service.db.tables import AttemptRow, JobRow
@@ -36,6 +36,28 @@ async def reasons(
     for first in range(0, len(told), _REASONS_AT_ONCE):
         async with sessions.begin() as session:
             await moves.write_reasons(session, told[first : first + _REASONS_AT_ONCE], now=now)
+
+
+async def tell(sessions: GuardedSessions, job_id: str, text: str, *, now: datetime) -> str:
+    """Let a job say what is wrong with it, whatever else its row holds; what its reason was before.
+
+    A final job keeps the reason of its end. For both it is an event.
+    """
+    async with sessions.begin() as session:
+        before = await session.scalar(select(JobRow.reason).where(JobRow.id == job_id))
+        await session.execute(
+            update(JobRow).where(JobRow.id == job_id, JobRow.state.not_in(FINAL)).values(reason=text)
+        )
+        moves.note(session, job_id, actor="dispatcher", message=text, now=now)
+    return str(before or "")
+
+
+async def untell(sessions: GuardedSessions, job_id: str, text: str, *, before: str) -> None:
+    """Take back what `tell` has written, unless the job has another reason by now."""
+    async with sessions.begin() as session:
+        await session.execute(
+            update(JobRow).where(JobRow.id == job_id, JobRow.reason == text).values(reason=before)
+        )
 
 
 async def change(sessions: GuardedSessions, observed: Observed, decided: Change, *, now: datetime) -> bool:

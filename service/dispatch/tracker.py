@@ -64,6 +64,10 @@ class Picture:
 class Tracker(Protocol):
     """A record of runs for people to look at."""
 
+    async def check(self) -> None:
+        """Raise TrackerUnavailableError unless it answers at all."""
+        ...
+
     async def ensure_run(self, run: NewRun) -> str:
         """The id of the job's run, which is open then. A parameter that it has already is left alone."""
         ...

@@ -1,6 +1,5 @@
 """The end of an attempt, as its worker tells it, and what becomes of the job."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -110,7 +109,7 @@ def failure_of(told: Finish) -> Failure:
 def _succeeded(told: Finish) -> End:
     result = {
         "step": told.step,
-        "metrics": {key: value for key, value in told.metrics.items() if math.isfinite(value)},
+        "metrics": dict(told.metrics),
         "num_files": len(told.files),
         "size_bytes": sum(entry.size for entry in told.files),
     }

@@ -5,7 +5,6 @@ job's row is locked from that check until what was told is committed, so nothing
 between the two.
 """
 
-import math
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.allowed import Allowed
-from service.contracts.jobs import FINAL, Desired, FileEntry, JobState, MetricPoint, Progress
+from service.contracts.jobs import FINAL, Desired, FileEntry, JobState, MetricPoint
 from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, StoreAddress
 from service.db import moves, queries
 from service.db.engine import Sessions
@@ -58,7 +57,7 @@ async def report(
     attempt.last_report_at = now
     attempt.advanced_at = now - timedelta(seconds=told.idle_s)
     attempt.last_step = told.progress.step
-    job.progress = _storable(told.progress)
+    job.progress = told.progress.model_dump()
     job.updated_at = now
     if told.plan is not None:
         job.resolved = {**job.resolved, "plan": told.plan}
@@ -157,8 +156,6 @@ async def record(
     now: datetime,
 ) -> None:
     """Store points and files in the place of those of the same key and step, or path."""
-    # JSON has no NaN and the databases disagree on it; a gap in a curve says the same.
-    points = [point for point in points if math.isfinite(point.value)]
     if points:
         in_order = sorted(points, key=lambda point: point.step)
         job.latest = {**job.latest, **{point.key: [point.step, point.value] for point in in_order}}
@@ -168,15 +165,6 @@ async def record(
     await queries.upsert(session, MetricRow, metrics, key=("job_id", "key", "step"), first=["at"])
     entries = [{**whose, **entry.model_dump()} for entry in files]
     await queries.upsert(session, FileRow, entries, key=("job_id", "path"))
-
-
-def _storable(progress: Progress) -> dict[str, Any]:
-    document = progress.model_dump()
-    for key, value in document.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            document[key] = None
-    document["message"] = progress.message.replace("\x00", "\ufffd")
-    return document
 
 
 def _inputs(job: JobRow) -> dict[str, str]:

@@ -132,12 +132,14 @@ class ControlPlane:
 
 
 @asynccontextmanager
-async def control_plane(folder: Path) -> AsyncIterator[ControlPlane]:
-    """A new one, on a database and a store in `folder`."""
-    engine = create_engine(f"sqlite+aiosqlite:///{folder / 'cim.db'}")
-    event.listen(engine.sync_engine, "connect", _without_fsync)
-    async with engine.begin() as connection:
-        await connection.run_sync(Base.metadata.create_all)
+async def control_plane(folder: Path, *, database_url: str | None = None) -> AsyncIterator[ControlPlane]:
+    """A new one: a store in `folder`, and a database there too, or a migrated one elsewhere."""
+    engine = create_engine(database_url or f"sqlite+aiosqlite:///{folder / 'cim.db'}")
+    if engine.dialect.name == "sqlite":
+        event.listen(engine.sync_engine, "connect", _without_fsync)
+    if database_url is None:
+        async with engine.begin() as connection:
+            await connection.run_sync(Base.metadata.create_all)
     sessions = create_sessions(engine)
     try:
         yield ControlPlane(sessions, DirectoryStore(folder / "objects"), await lease_of(sessions))

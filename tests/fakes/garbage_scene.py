@@ -25,7 +25,14 @@ STORAGE = {"kind": "storage", "message": "refused"}
 
 def collector(plane: ControlPlane) -> Collector:
     """A fresh one: it remembers nothing."""
-    return Collector(plane.sessions, plane.store, after_s=AFTER_S, clock=lambda: plane.now)
+    return Collector(
+        plane.sessions,
+        plane.store,
+        lease=plane.lease,
+        after_s=AFTER_S,
+        clock=lambda: plane.now,
+        monotonic=lambda: plane.now.timestamp(),
+    )
 
 
 async def dry_run(plane: ControlPlane) -> list[Removed]:

@@ -42,6 +42,9 @@ class FakeTracker:
         self.batches: list[int] = []
         self.lose_next_reply = False
 
+    async def check(self) -> None:
+        self._check()
+
     async def ensure_run(self, run: NewRun) -> str:
         self._check()
         run_id = f"run-{run.job_id}"

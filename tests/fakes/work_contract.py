@@ -117,16 +117,43 @@ class WorkContract:
         assert (await world.report(job_id, 1, metrics=points)).status_code == 200
         assert len((await world.client.get(f"/v1/jobs/{job_id}/metrics")).json()) == 2500
 
-    async def test_report__what_no_database_stores_ends_nothing(self, world: World) -> None:
+    @pytest.mark.parametrize(
+        ("what", "body", "path"),
+        [
+            ("report", '{"progress": {"step": 2, "eta_s": Infinity}}', "progress.eta_s"),
+            ("report", '{"progress": {"step": 2, "epoch": 1e308}}', "progress.epoch"),
+            ("report", '{"progress": {"step": 1180591620717411303424}}', "progress.step"),
+            (
+                "report",
+                '{"progress": {}, "metrics": [{"step": 2, "key": "a", "value": NaN}]}',
+                "metrics.0.value",
+            ),
+            (
+                "report",
+                '{"progress": {}, "metrics": [{"step": 2, "key": "a", "value": 1e308}]}',
+                "metrics.0.value",
+            ),
+            (
+                "report",
+                '{"progress": {}, "metrics": [{"step": 2, "key": "\\u0000", "value": 1}]}',
+                "metrics.0.key",
+            ),
+            ("report", '{"progress": {}, "plan": {"total_steps": Infinity}}', "plan"),
+            ("report", '{"progress": {}, "plan": {"a": 1180591620717411303424}}', "plan"),
+            ("finish", '{"outcome": "succeeded", "step": 1, "metrics": {"a": -1e999}}', "metrics.a"),
+            ("checkpoints", '{"step": 9223372036854775808, "prefix": "a", "files": []}', "step"),
+        ],
+    )
+    async def test_worker__numbers_that_no_database_stores_are_refused(
+        self, world: World, what: str, body: str, path: str
+    ) -> None:
         job_id = await running(world)
-        progress = '{"step": 2, "eta_s": Infinity, "message": "a\\u0000b"}'
-        body = f'{{"progress": {progress}, "metrics": [{{"step": 2, "key": "loss", "value": NaN}}]}}'
-        token = (await world.tell(job_id, 1, "report", {"progress": {}})).request.headers["Authorization"]
-        headers = {"Authorization": token, "Content-Type": "application/json"}
-        answer = await world.client.post(f"/v1/attempts/{job_id}/1/report", content=body, headers=headers)
-        assert answer.status_code == 200
-        shown = (await world.show(job_id))["progress"]
-        assert (shown["eta_s"], shown["message"]) == (None, "a\ufffdb")
+        before = await world.show(job_id)
+        headers = {"Authorization": f"Bearer {token_of(job_id, 1)}", "Content-Type": "application/json"}
+        answer = await world.client.post(f"/v1/attempts/{job_id}/1/{what}", content=body, headers=headers)
+        assert answer.status_code == 422, answer.text
+        assert answer.json()["errors"][0]["path"].startswith(path)
+        assert await world.show(job_id) == before
 
     @pytest.mark.parametrize("idle_s", ["-1", "1.1e9", "2.4e307", "1e999", "Infinity", "NaN"])
     async def test_report__silence_that_has_no_date_is_refused(self, world: World, idle_s: str) -> None:

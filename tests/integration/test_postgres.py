@@ -27,8 +27,11 @@ from tests.fakes import lease_contract
 from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.finish_contract import FinishContract
 from tests.fakes.job_machine import run_machine
+from tests.fakes.json_contract import JsonContract
 from tests.fakes.lease_contract import LeaseContract
 from tests.fakes.moves_contract import MovesContract, moved
+from tests.fakes.number_contract import NumberContract
+from tests.fakes.poison_contract import PoisonContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -71,6 +74,12 @@ class TestSubmit(SubmitContract): ...
 class TestList(ListContract): ...
 
 
+class TestNumbers(NumberContract): ...
+
+
+class TestJson(JsonContract): ...
+
+
 class TestWishes(WishContract): ...
 
 
@@ -90,6 +99,9 @@ class TestFinish(FinishContract): ...
 
 
 class TestDetails(DetailContract): ...
+
+
+class TestPoison(PoisonContract): ...
 
 
 async def test_race__a_hundred_jobs_and_two_connections(world: World) -> None:

@@ -3,7 +3,9 @@
 from tests.fakes.artifact_contract import ArtifactContract
 from tests.fakes.claim_contract import ClaimContract
 from tests.fakes.finish_contract import FinishContract
+from tests.fakes.json_contract import JsonContract
 from tests.fakes.moves_contract import MovesContract
+from tests.fakes.number_contract import NumberContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -13,6 +15,12 @@ class TestSubmit(SubmitContract): ...
 
 
 class TestList(ListContract): ...
+
+
+class TestNumbers(NumberContract): ...
+
+
+class TestJson(JsonContract): ...
 
 
 class TestWishes(WishContract): ...

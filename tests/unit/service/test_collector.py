@@ -39,7 +39,8 @@ async def plane(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
     """What the collector told; other tests may have made others talk."""
-    return [record.getMessage() for record in caplog.records if record.name == "service.dispatch.garbage"]
+    names = ("service.dispatch.garbage", "service.dispatch.troubles")
+    return [record.getMessage() for record in caplog.records if record.name in names]
 
 
 class TestCollector(GarbageContract):
@@ -74,11 +75,55 @@ async def test_store_away__costs_one_line_and_no_row_without_its_files(
         patch.setattr(plane.store, "delete", refuse)
         for _ in range(3):
             await passes.run_once()
-    assert said(caplog) == ["garbage waits: refused"]
+    told = "what it left behind cannot be removed: StoreError: refused"
+    assert said(caplog) == [f"job {job_id}: {told}"]
+    reason = (await plane.job(job_id)).reason
+    assert reason == (
+        "what it left behind cannot be removed (3 tries failed, others follow): StoreError: refused"
+    )
+    plane.advance(130)
     assert await named(plane, job_id) < stored(plane, job_id)
     await passes.run_once()
     assert await named(plane, job_id) == stored(plane, job_id)
     assert await steps(plane, job_id) == [20, 30]
+    assert (await plane.job(job_id)).reason == "attempt 1 is running"
+
+
+async def test_store_away__is_told_once_and_costs_no_job_anything(
+    plane: ControlPlane, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = await running(plane)
+    await commit(plane, job_id, 1, 10, 20, 30)
+
+    def refuse(*_: object) -> None:
+        raise StoreError("refused")
+
+    monkeypatch.setattr(plane.store, "uploads", refuse)
+    passes = collector(plane)
+    for _ in range(4):
+        await passes.run_once()
+    assert said(caplog) == ["garbage waits: refused"]
+    assert (await plane.job(job_id)).reason == "attempt 1 is running"
+
+
+async def test_store_that_fails_for_three_jobs__is_asked_for_the_others_in_the_next_pass(
+    plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = sorted([await running(plane) for _ in range(5)])
+    for job_id in ids:
+        await commit(plane, job_id, 1, 10, 20, 30)
+    look = plane.store.list
+
+    def fail_for_three(prefix: str = "") -> Entries:
+        if any(prefix.startswith(job_prefix(job_id)) for job_id in ids[:3]):
+            raise StoreError("forbidden")
+        return look(prefix)
+
+    monkeypatch.setattr(plane.store, "list", fail_for_three)
+    passes = collector(plane)
+    for _ in range(4):
+        await passes.run_once()
+    assert [await steps(plane, job_id) for job_id in ids] == [[10, 20, 30]] * 3 + [[20, 30]] * 2
 
 
 async def test_one_broken_job__does_not_stop_the_others(
@@ -97,7 +142,7 @@ async def test_one_broken_job__does_not_stop_the_others(
     monkeypatch.setattr(plane.store, "list", fail_for_the_first)
     await collector(plane).run_once()
     assert [await steps(plane, job_id) for job_id in ids] == [[10, 20, 30], [20, 30]]
-    assert "could not be looked through" in caplog.text
+    assert f"job {ids[0]}: what it left behind cannot be removed" in caplog.text
 
 
 async def test_database_away__ends_the_pass_at_the_first_job(

@@ -78,7 +78,14 @@ class FakeRecord:
 
 
 def forwarder(plane: ControlPlane, tracker: FakeTracker) -> Forwarder:
-    return Forwarder(plane.sessions, tracker, plane.store, lease=plane.lease, public_url=URL)
+    return Forwarder(
+        plane.sessions,
+        tracker,
+        plane.store,
+        lease=plane.lease,
+        public_url=URL,
+        monotonic=lambda: plane.now.timestamp(),
+    )
 
 
 def points(*steps: int) -> list[MetricPoint]:

@@ -27,8 +27,8 @@ async def test_open_jobs__the_portions_in_which_they_are_read_do_not_matter(
         plane.advance(30)
     await plane.submit("orphan", inputs_wait=["0" * 16])
     whole = await observe.open_jobs(plane.sessions, now=plane.now)
-    assert len(whole) == 11
-    assert {needs.name for job in whole for needs in job.job.dependencies} > {"deleted", "first-4"}
-    assert any(job.job.attempt for job in whole)
+    assert len(whole.jobs) == 11
+    assert {needs.name for job in whole.jobs for needs in job.job.dependencies} > {"deleted", "first-4"}
+    assert any(job.job.attempt for job in whole.jobs)
     monkeypatch.setattr(observe, "_ROWS_A_TURN", 2)
     assert await observe.open_jobs(plane.sessions, now=plane.now) == whole

@@ -10,7 +10,7 @@ import pytest
 from service.contracts.jobs import JobState as S
 from service.dispatch import observe
 from service.dispatch import reconciler as module
-from service.dispatch.observe import Observed
+from service.dispatch.observe import Observation
 from service.dispatch.reconciler import Reconciler
 from service.domain.queueing import BEHIND
 from tests.fakes.control_plane import ControlPlane, control_plane
@@ -90,7 +90,7 @@ async def test_whole_queue__the_longer_a_look_takes_the_rarer_it_is(
     looks: list[int | None] = []
     inner = observe.open_jobs
 
-    async def slow(*args: Any, most_queued: int | None, **kwargs: Any) -> list[Observed]:
+    async def slow(*args: Any, most_queued: int | None, **kwargs: Any) -> Observation:
         looks.append(most_queued)
         plane.advance(0 if most_queued else 10)
         return await inner(*args, most_queued=most_queued, **kwargs)
