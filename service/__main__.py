@@ -87,7 +87,9 @@ def _up(given: argparse.Namespace) -> int:
         settings: "Settings", bound: socket.socket, stop: asyncio.Event, on_ready: Callable[[], None]
     ) -> None:
         _log_to_file(settings.data_dir / "logs" / "service.log")
-        await serve_both(settings, bound, stop, open_tracker=_open_tracker, on_ready=on_ready)
+        await serve_both(
+            settings, bound, stop, open_tracker=_open_tracker, on_ready=on_ready, tell=_say_on_stderr
+        )
 
     check_environment()
     options = UpOptions(
@@ -177,6 +179,10 @@ def _open_tracker(settings: "Settings") -> "Tracker":
 
     assert settings.mlflow_url is not None, "asked for a tracker without an address"
     return MlflowTracker(settings.mlflow_url, experiment=settings.mlflow_experiment)
+
+
+def _say_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _log_to_file(path: Path) -> None:

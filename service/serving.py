@@ -14,11 +14,12 @@ from fastapi import FastAPI
 from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.app import create_app
-from service.db.engine import Sessions, create_engine, create_sessions
+from service.db.engine import Sessions, create_engine, create_sessions, only_reads
 from service.db.leases import release_all
 from service.db.upgrade import check_schema, upgrade
 from service.dispatch.leadership import pause
 from service.dispatch.loop import OpenTracker, dispatch
+from service.jobs.readiness import standstill
 from service.settings import Settings
 from service.store.base import ObjectStore
 from service.store.open import open_store
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 _DRAIN_S = 2  # for requests under way, among them streams that would never end
 _END_S = 3.0
 _DATABASE_PAUSE_S = 2.0
+_LOOK_EVERY_S = 5.0
 
 
 class _Server(uvicorn.Server):
@@ -56,20 +58,46 @@ async def serve_both(
     *,
     open_tracker: OpenTracker,
     on_ready: Callable[[], None],
+    tell: Callable[[str], object] = logger.warning,
 ) -> None:
-    """Migrate, then run api and dispatcher; `on_ready` is called once requests are answered."""
+    """Migrate, then run api and dispatcher.
+
+    `on_ready` is called once requests are answered, `tell` with a line for whoever started this: nothing
+    is dispatched any more, and why, or it goes on.
+    """
     await asyncio.to_thread(upgrade, settings.database_url)
     engine = create_engine(settings.database_url)
     sessions, store = create_sessions(engine), open_settings_store(settings)
     # The data directory is ours alone, so a lease that is left is that of a killed run.
     async with sessions.begin() as session:
         await release_all(session)
-    server = _server(create_app(settings, sessions, store), on_ready=on_ready)
+    server = _server(create_app(settings, sessions, store, dispatches=True), on_ready=on_ready)
     dispatching = dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
     try:
-        await _until_stopped([_serve(server, bound, stop), dispatching], stop)
+        works = [_serve(server, bound, stop), dispatching, _tell_standstills(sessions, stop, tell=tell)]
+        await _until_stopped(works, stop)
     finally:
         await engine.dispose()
+
+
+async def _tell_standstills(
+    sessions: Sessions, stop: asyncio.Event, *, tell: Callable[[str], object]
+) -> None:
+    told = False
+    while not stop.is_set():
+        try:
+            async with sessions.begin() as session:
+                await only_reads(session)
+                standing = await standstill(session)
+        except SQLAlchemyError as error:
+            logger.warning("whether jobs are dispatched cannot be told: %s", error)
+        else:
+            if standing is not None and not told:
+                tell(str(standing))
+            if standing is None and told:
+                tell("dispatching goes on")
+            told = standing is not None
+        await pause(stop, timeout_s=_LOOK_EVERY_S)
 
 
 async def serve_api(settings: Settings) -> None:

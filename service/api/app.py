@@ -34,6 +34,7 @@ def create_app(
     costs: Costs | None = None,
     clock: Clock = utc_now,
     poll_s: float = 0.5,
+    dispatches: bool = False,
 ) -> FastAPI:
     """The API on these services.
 
@@ -44,6 +45,7 @@ def create_app(
         costs: Counts what a training takes; by default in child processes.
         clock: The present moment, aware.
         poll_s: Seconds between two looks of a stream that follows a job.
+        dispatches: This process is a dispatcher too, and `/readyz` speaks for both.
     """
     app = FastAPI(
         title="CIM service",
@@ -60,6 +62,7 @@ def create_app(
         costs=costs or ChildCosts(),
         clock=clock,
         poll_s=poll_s,
+        dispatches=dispatches,
     )
     for router in (
         jobs.router,

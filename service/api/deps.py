@@ -37,6 +37,7 @@ class Services:
     costs: Costs
     clock: Clock = utc_now
     poll_s: float = 0.5  # between two looks of a stream that follows
+    dispatches: bool = False  # this process is a dispatcher too
 
     @property
     def store_address(self) -> StoreAddress:

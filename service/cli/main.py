@@ -11,7 +11,6 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -187,9 +186,14 @@ def ls(
     """List jobs, newest first."""
     from service.cli import render
 
+    jobs: list[JobView] = []
     with connect(url, data_dir) as client:
-        found = client.jobs(page_size=min(limit, 100), state=state, kind=kind, label=label)
-        jobs = list(islice(found, limit))
+        for page in client.pages(page_size=min(limit, 100), state=state, kind=kind, label=label):
+            if page.notice and not jobs:
+                say(page.notice)
+            jobs += page.jobs[: limit - len(jobs)]
+            if len(jobs) == limit:
+                break
     if as_json:
         print_json(_dump(jobs))
     else:
@@ -203,6 +207,8 @@ def show(job: Job, url: Url = None, data_dir: DataDir = DATA_DIR, as_json: Json 
 
     with connect(url, data_dir) as client:
         view = client.job(job)
+    if view.notice:
+        say(view.notice)
     if as_json:
         print_json(view.model_dump(mode="json"))
     else:

@@ -137,11 +137,15 @@ def watch(
         UnreachableError: The service did not answer for five minutes.
     """
     latest = {ref: client.job(ref) for ref in ids}
-    last_answer = clock()
+    last_answer, notice = clock(), ""
     with display:
         while True:
             for job in latest.values():
                 display.show(job)
+            standing = next((job.notice for job in latest.values() if job.notice), "")
+            if standing and not notice:
+                display.note(standing)
+            notice = standing
             open_jobs = [ref for ref, job in latest.items() if job.state not in FINAL]
             if not open_jobs:
                 return list(latest.values())

@@ -115,7 +115,12 @@ class Client:
         return parse(Recipe, self._get(f"/v1/recipes/{quote(name, safe='')}"))
 
     def jobs(self, *, page_size: int = 100, **filters: str | None) -> Iterator[JobView]:
-        """All jobs, newest first. Pages are fetched as the iterator reaches them.
+        """All jobs, newest first: those of `pages`."""
+        for page in self.pages(page_size=page_size, **filters):
+            yield from page.jobs
+
+    def pages(self, *, page_size: int = 100, **filters: str | None) -> Iterator[JobPage]:
+        """All jobs in pages, newest first. A page is fetched as the iterator reaches it.
 
         Args:
             page_size: Jobs a request.
@@ -125,7 +130,7 @@ class Client:
         query["limit"] = page_size
         while True:
             page = parse(JobPage, self._get("/v1/jobs", params=query))
-            yield from page.jobs
+            yield page
             if page.next_cursor is None:
                 return
             query["cursor"] = page.next_cursor

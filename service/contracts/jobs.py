@@ -91,6 +91,11 @@ class AttemptView(Stored):
     resumed_from_step: int | None = None
 
 
+Notice = Field(
+    default=None, description="What keeps every job waiting, whoever's it is; null where nothing does."
+)
+
+
 class JobView(Stored):
     """A job."""
 
@@ -114,6 +119,7 @@ class JobView(Stored):
     mlflow_run_id: str | None = None
     mlflow_url: str | None = None
     result: dict[str, Any] | None = None
+    notice: str | None = Notice
 
 
 class JobPage(Stored):
@@ -121,6 +127,7 @@ class JobPage(Stored):
 
     jobs: list[JobView]
     next_cursor: str | None = None
+    notice: str | None = Notice
 
 
 class EventView(Stored):

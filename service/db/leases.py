@@ -9,14 +9,18 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
-from sqlalchemy import ColumnElement, DateTime, Update, func, select, update
+from sqlalchemy import ColumnElement, Update, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.engine import Sessions
 from service.db.queries import INSERT
 from service.db.tables import LeaseRow
+from service.db.types import UtcDateTime
 
+RECONCILE, FORWARD, COLLECT = "reconcile", "forward", "garbage"  # the dispatchers' tasks
+_LONGEST_DOING = 500  # characters
 # As SQLAlchemy stores moments in SQLite, so that text compares like time.
 _SQLITE_MOMENT = "%Y-%m-%d %H:%M:%f000"
 
@@ -66,6 +70,13 @@ async def holder(session: AsyncSession, name: str) -> str | None:
     return owner
 
 
+async def look(session: AsyncSession, name: str) -> tuple[LeaseRow, datetime] | None:
+    """A lease, whether somebody holds it or not, and the database's time; None before its first holder."""
+    found = await session.execute(select(LeaseRow, _clock(session)).where(LeaseRow.name == name))
+    row = found.one_or_none()
+    return None if row is None else (row[0], row[1])
+
+
 async def take(session: AsyncSession, name: str, *, owner: str, lasts_s: float) -> Lease | None:
     """Take a lease that nobody holds; None where somebody does.
 
@@ -73,20 +84,36 @@ async def take(session: AsyncSession, name: str, *, owner: str, lasts_s: float) 
     """
     expires_at = _clock(session, plus_s=lasts_s)
     insert = INSERT[session.get_bind().dialect.name](LeaseRow)
-    statement = insert.values(name=name, owner=owner, token=1, expires_at=expires_at).on_conflict_do_update(
+    # Of an earlier holder `passed_at` stays: dispatchers that die in every pass make none.
+    first = insert.values(
+        name=name, owner=owner, token=1, expires_at=expires_at, passed_at=_clock(session), doing=""
+    )
+    statement = first.on_conflict_do_update(
         index_elements=["name"],
-        set_={"owner": owner, "token": LeaseRow.token + 1, "expires_at": expires_at},
+        set_={"owner": owner, "token": LeaseRow.token + 1, "expires_at": expires_at, "doing": ""},
         where=LeaseRow.expires_at <= _clock(session),
     )
     token = await session.scalar(statement.returning(LeaseRow.token))
     return None if token is None else Lease(name=name, owner=owner, token=token, lasts_s=lasts_s)
 
 
-async def renew(session: AsyncSession, lease: Lease) -> None:
-    """Let the lease last its time from now on. Raises LeaseLostError if it is no longer held."""
-    statement = _mine(lease).where(LeaseRow.expires_at > _clock(session))
-    expires_at = _clock(session, plus_s=lease.lasts_s)
-    if await session.scalar(statement.values(expires_at=expires_at).returning(LeaseRow.token)) is None:
+async def renew(
+    session: AsyncSession, lease: Lease, *, passed_s_ago: float | None = None, doing: str = ""
+) -> None:
+    """Let the lease last its time from now on. Raises LeaseLostError if it is no longer held.
+
+    Args:
+        session: In a transaction.
+        lease: As it was given.
+        passed_s_ago: How many seconds ago a pass under it last came to its end; None for never.
+        doing: What it has done since, or why its last pass came to none.
+    """
+    values: dict[str, Any] = {"expires_at": _clock(session, plus_s=lease.lasts_s)}
+    values["doing"] = doing[:_LONGEST_DOING]
+    if passed_s_ago is not None:
+        values["passed_at"] = _clock(session, plus_s=-passed_s_ago)
+    statement = _mine(lease).where(LeaseRow.expires_at > _clock(session)).values(**values)
+    if await session.scalar(statement.returning(LeaseRow.token)) is None:
         raise _lost(lease)
 
 
@@ -123,7 +150,7 @@ def _mine(lease: Lease) -> Update:
 
 def _clock(session: AsyncSession, *, plus_s: float = 0.0) -> ColumnElement[datetime]:
     """The database's clock when the statement runs, not when its transaction began."""
-    moment = DateTime(timezone=True)
+    moment = UtcDateTime()
     if session.get_bind().dialect.name == "sqlite":
         return func.strftime(_SQLITE_MOMENT, "now", f"{plus_s:+.3f} seconds", type_=moment)
     return func.clock_timestamp(type_=moment) + timedelta(seconds=plus_s)

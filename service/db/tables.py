@@ -201,4 +201,7 @@ class LeaseRow(Base):
     name: Mapped[str] = mapped_column(String(32), primary_key=True)
     owner: Mapped[str] = mapped_column(String(255))
     token: Mapped[int] = mapped_column(RowNumber)  # grows by one with each holder
-    expires_at: Mapped[datetime]  # by the database's clock
+    expires_at: Mapped[datetime]  # by the database's clock, as the next
+    passed_at: Mapped[datetime | None]  # when a pass of the task last came to its end, whoever made it
+    # What the pass under way does, or why the last one failed.
+    doing: Mapped[str] = mapped_column(default="", server_default="")

@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import time
 from collections.abc import Awaitable, Callable
 
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,8 +16,47 @@ from service.db.leases import Lease, LeaseLostError
 
 logger = logging.getLogger(__name__)
 
-# Given a lease, and an event that says when to end: when told to stop, or when the lease is lost.
-Work = Callable[[Lease, asyncio.Event], Awaitable[None]]
+
+class Pulse:
+    """How the passes of a task go; written into its lease, for whoever asks why nothing goes on."""
+
+    def __init__(self, *, monotonic: Callable[[], float] = time.monotonic) -> None:
+        self.doing = ""  # by the pass under way
+        self.news = asyncio.Event()  # to be written down at once
+        self._monotonic = monotonic
+        self._failure = ""
+        self._passed_at: float | None = None
+
+    @property
+    def passed_s_ago(self) -> float | None:
+        """Seconds since a pass came to its end; None before the first."""
+        return None if self._passed_at is None else self._monotonic() - self._passed_at
+
+    @property
+    def text(self) -> str:
+        """Why the last pass failed, or what the one under way does."""
+        return self._failure or self.doing
+
+    def tell(self, doing: str) -> None:
+        """Say what the pass under way does."""
+        self.doing = doing
+
+    def ended(self) -> None:
+        """A pass came to its end."""
+        if self._failure or self._passed_at is None:
+            self.news.set()
+        self._passed_at, self._failure, self.doing = self._monotonic(), "", ""
+
+    def failed(self, why: str) -> None:
+        """A pass did not."""
+        if why != self._failure:
+            self.news.set()
+        self._failure = why
+
+
+# Given a lease, the pulse to keep, and an event that says when to end: when told to stop, or when the
+# lease is lost.
+Work = Callable[[Lease, Pulse, asyncio.Event], Awaitable[None]]
 
 _RENEWALS = 4  # within the time of a lease, so that it outlives a slow answer or two
 _LOOKS = 8
@@ -71,13 +111,13 @@ class Leadership:
 
     async def _serve(self, lease: Lease, work: Work) -> None:
         logger.info("lease %s is ours (%s, token %d)", lease.name, lease.owner, lease.token)
-        over = asyncio.Event()
+        over, pulse = asyncio.Event(), Pulse()
         helpers = [
-            asyncio.create_task(self._renew(lease, over)),
+            asyncio.create_task(self._renew(lease, pulse, over)),
             asyncio.create_task(_pass_on(self._stop, over)),
         ]
         try:
-            await work(lease, over)
+            await work(lease, pulse, over)
         except LeaseLostError as error:
             logger.warning("%s; what was under way is dropped", error)
         finally:
@@ -85,16 +125,17 @@ class Leadership:
             await _end(helpers)
             await self._release(lease)
 
-    async def _renew(self, lease: Lease, over: asyncio.Event) -> None:
+    async def _renew(self, lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
         """Renew the lease until `over` is set, or set it because the lease is lost."""
         away = False
         while True:
-            await pause(over, timeout_s=lease.lasts_s / _RENEWALS)
+            await _first_of(over, pulse.news, timeout_s=lease.lasts_s / _RENEWALS)
             if over.is_set():
                 return
+            pulse.news.clear()
             try:
                 async with self._sessions.begin() as session:
-                    await leases.renew(session, lease)
+                    await leases.renew(session, lease, passed_s_ago=pulse.passed_s_ago, doing=pulse.text)
                 away = False
             except LeaseLostError as error:
                 logger.warning("%s", error)
@@ -111,6 +152,15 @@ class Leadership:
                 await leases.release(session, lease)
         except (SQLAlchemyError, OSError) as error:  # a TimeoutError is an OSError
             logger.warning("lease %s could not be released: %s", lease.name, first_line(error))
+
+
+async def _first_of(one: asyncio.Event, other: asyncio.Event, *, timeout_s: float) -> None:
+    waiting = [asyncio.create_task(event.wait()) for event in (one, other)]
+    try:
+        await asyncio.wait(waiting, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in waiting:
+            task.cancel()
 
 
 async def pause(until: asyncio.Event, *, timeout_s: float) -> None:

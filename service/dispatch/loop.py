@@ -5,12 +5,13 @@ import logging
 import random
 from collections.abc import Awaitable, Callable
 
+from service.contracts.addresses import redacted
 from service.db.engine import Sessions
 from service.db.failures import DatabaseFailure, is_outage, kind_of
-from service.db.leases import Lease, LeaseLostError
+from service.db.leases import COLLECT, FORWARD, RECONCILE, Lease, LeaseLostError
 from service.dispatch.forwarder import Forwarder
 from service.dispatch.garbage import Collector
-from service.dispatch.leadership import Leadership, Work, first_line, pause, replica_name
+from service.dispatch.leadership import Leadership, Pulse, Work, first_line, pause, replica_name
 from service.dispatch.ray_launcher import RayLauncher
 from service.dispatch.reconciler import Reconciler, Rules
 from service.dispatch.tracker import Tracker
@@ -20,7 +21,6 @@ from service.store.base import ObjectStore
 
 logger = logging.getLogger(__name__)
 
-RECONCILE, FORWARD, COLLECT = "reconcile", "forward", "garbage"  # the leases
 _MAX_PAUSE_S = 30.0
 OpenTracker = Callable[[Settings], Tracker]
 
@@ -41,19 +41,21 @@ async def dispatch(
     launcher = RayLauncher(settings.ray_url, token=token)
     leadership = Leadership(sessions, owner=replica_name(), lease_s=settings.lease_s, stop=stop)
 
-    async def reconcile(lease: Lease, over: asyncio.Event) -> None:
+    async def reconcile(lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
         # A new one for each lease: what an earlier one saw of the cluster is old.
-        reconciler = Reconciler(sessions, launcher, store, lease=lease, rules=rules(settings))
-        await repeat(reconciler.run_once, every_s=settings.reconcile_every_s, stop=over)
+        reconciler = Reconciler(
+            sessions, launcher, store, lease=lease, rules=rules(settings), on_doing=pulse.tell
+        )
+        await repeat(reconciler.run_once, every_s=settings.reconcile_every_s, pulse=pulse, stop=over)
 
     async def forward() -> None:
         tracker = await asyncio.to_thread(open_tracker, settings)
         await leadership.lead(FORWARD, _forwarding(settings, sessions, store, tracker, stop=stop))
 
-    async def collect(lease: Lease, over: asyncio.Event) -> None:
+    async def collect(lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
         # Passes may overlap, so the lease only spares work.
         collector = Collector(sessions, store, lease=lease, after_s=settings.garbage_after_s)
-        await repeat(collector.run_once, every_s=settings.garbage_every_s, stop=over)
+        await repeat(collector.run_once, every_s=settings.garbage_every_s, pulse=pulse, stop=over)
 
     try:
         async with asyncio.TaskGroup() as tasks:
@@ -82,21 +84,25 @@ def rules(settings: Settings) -> Rules:
     )
 
 
-async def repeat(work: Callable[[], Awaitable[None]], *, every_s: float, stop: asyncio.Event) -> None:
+async def repeat(
+    work: Callable[[], Awaitable[None]], *, every_s: float, pulse: Pulse, stop: asyncio.Event
+) -> None:
     """Do `work` again and again until `stop` is set; a failure is logged and costs a growing pause.
 
-    Raises LeaseLostError as soon as `work` does.
+    Raises LeaseLostError as soon as `work` does. Each end of it is told to `pulse`.
     """
     failures = _Failures()
     while not stop.is_set():
         try:
             await work()
             failures.over()
+            pulse.ended()
         except LeaseLostError:
             raise
         except Exception as error:
             # Whatever it was, the next pass starts from what is there.
             failures.tell(error)
+            pulse.failed(failure_text(error))
         pause_s = min(every_s * 2 ** min(failures.num_in_a_row, 10), max(every_s, _MAX_PAUSE_S))
         # Several dispatchers shall not knock at the same moment.
         await pause(stop, timeout_s=pause_s * random.uniform(0.9, 1.1))
@@ -114,7 +120,7 @@ class _Failures:
         if not is_outage(error):
             logger.error("a pass failed, %d in a row", self.num_in_a_row, exc_info=error)
         elif not self._away:
-            logger.warning("%s", outage_text(error))
+            logger.warning("%s", failure_text(error))
             self._away = True
 
     def over(self) -> None:
@@ -123,18 +129,24 @@ class _Failures:
         self.num_in_a_row, self._away = 0, False
 
 
-def outage_text(error: Exception) -> str:
-    """What an outage of the database is, for the log and for whoever asks why nothing goes on."""
-    busy = kind_of(error) is DatabaseFailure.CONTENTION
-    return f"the database {'is too busy' if busy else 'does not answer'}: {first_line(error)}"
+def failure_text(error: Exception) -> str:
+    """Why a pass failed, for the log and for whoever asks why nothing goes on."""
+    told = redacted(first_line(error))
+    match kind_of(error):
+        case DatabaseFailure.CONNECTION:
+            return f"the database does not answer: {told}"
+        case DatabaseFailure.CONTENTION:
+            return f"the database is too busy: {told}"
+        case _:
+            return f"a pass failed: {type(error).__name__}: {told}"
 
 
 def _forwarding(
     settings: Settings, sessions: Sessions, store: ObjectStore, tracker: Tracker, *, stop: asyncio.Event
 ) -> Work:
-    async def forward(lease: Lease, over: asyncio.Event) -> None:
+    async def forward(lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
         forwarder = Forwarder(sessions, tracker, store, lease=lease, public_url=settings.public_url)
-        await repeat(forwarder.run_once, every_s=settings.forward_every_s, stop=over)
+        await repeat(forwarder.run_once, every_s=settings.forward_every_s, pulse=pulse, stop=over)
         if stop.is_set():
             # What ended in the last second is still worth a try, but no trouble at the end.
             try:

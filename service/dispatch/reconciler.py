@@ -84,12 +84,15 @@ class Reconciler:
         *,
         lease: Lease,
         rules: Rules,
+        on_doing: Callable[[str], object] = logger.debug,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`on_doing` hears what a pass does, so that one that takes long can be explained."""
         self._sessions, self._launcher, self._store = sessions, launcher, store
         self._guarded = GuardedSessions(sessions=sessions, lease=lease)
         self._rules, self._clock, self._monotonic = rules, clock, monotonic
+        self._on_doing = on_doing
         self._gone_since: dict[str, float] = {}  # submission: when we first saw it ended or missing
         self._troubles = Troubles(
             self._guarded, what="the dispatcher cannot go on with it", clock=clock, monotonic=monotonic
@@ -106,6 +109,7 @@ class Reconciler:
         """
         began = self._monotonic()
         whole = began >= self._whole_queue_at
+        self._on_doing("reading the jobs")
         self._troubles.begin()
         resting = self._troubles.resting
         found = await observe.open_jobs(
@@ -119,9 +123,11 @@ class Reconciler:
         jobs = found.jobs
         self._unreadable = (self._unreadable & resting) | found.unreadable.keys()
         turns = [observed for observed in jobs if observed.job.id not in resting]
+        self._on_doing("asking Ray about its jobs and nodes")
         sights = await self._look(turns)
         now = self._clock()
         await self._serve(turns, sights, await self._admissions(turns, jobs, sights, now=now), now=now)
+        self._on_doing("ending what earlier attempts left in the cluster")
         await self._clear_up()
         await self._troubles.end()
         if whole:
@@ -145,9 +151,11 @@ class Reconciler:
                     job, sights[job.id], admission=admissions.get(job.id), now=now, limits=limits
                 )
                 if not isinstance(decided, Keep):
+                    self._on_doing(f"job {job.id}: {type(decided).__name__}")
                     await self._act(observed, decided)
                 elif decided.reason not in (None, observed.reason):
                     reasons.append((observed.seen, decided.reason))
+        self._on_doing("writing why jobs wait")
         await self._write_reasons(reasons, now=now)
 
     async def _write_reasons(self, reasons: Sequence[tuple[moves.Seen, str]], *, now: datetime) -> None:

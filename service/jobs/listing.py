@@ -14,6 +14,7 @@ from service.contracts.problems import FieldProblem
 from service.db import queries
 from service.db.tables import JobRow
 from service.errors import InvalidSpecError
+from service.jobs.readiness import notice
 from service.jobs.views import to_views
 
 
@@ -49,7 +50,11 @@ async def page(session: AsyncSession, query: Query, *, mlflow_url: str | None) -
     rows = await queries.page(session, wanted, limit=query.limit + 1, before=before)
     shown = rows[: query.limit]
     views = await to_views(session, shown, mlflow_url=mlflow_url)
-    return JobPage(jobs=views, next_cursor=_cursor(shown[-1]) if len(rows) > query.limit else None)
+    return JobPage(
+        jobs=views,
+        next_cursor=_cursor(shown[-1]) if len(rows) > query.limit else None,
+        notice=await notice(session),
+    )
 
 
 def _label(text: str) -> tuple[str, str]:

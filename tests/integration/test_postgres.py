@@ -32,6 +32,7 @@ from tests.fakes.lease_contract import LeaseContract
 from tests.fakes.moves_contract import MovesContract, moved
 from tests.fakes.number_contract import NumberContract
 from tests.fakes.poison_contract import PoisonContract
+from tests.fakes.readiness_contract import ReadinessContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -75,6 +76,9 @@ class TestList(ListContract): ...
 
 
 class TestNumbers(NumberContract): ...
+
+
+class TestReadiness(ReadinessContract): ...
 
 
 class TestJson(JsonContract): ...

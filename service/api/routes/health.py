@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import APIRouter
 from fastapi.responses import RedirectResponse
 
-from service.api.deps import ReadSession
+from service.api.deps import App, ReadSession
 from service.contracts.base import Stored
 from service.contracts.problems import Problem
 from service.jobs.readiness import Readiness, readiness
@@ -34,9 +34,10 @@ async def healthz() -> Alive:
 @router.get(
     "/readyz", summary="Can it serve?", responses={503: {"model": Problem, "description": "Not now."}}
 )
-async def readyz(session: ReadSession) -> Readiness:
+async def readyz(session: ReadSession, app: App) -> Readiness:
     """200 when the database answers and its schema is the one that this version was written for.
 
-    `leases` tells which dispatcher does what. Without one, jobs are accepted and wait.
+    `leases` tells which dispatcher does what, and `notice` why nothing is dispatched where no pass has come
+    to its end for 30 s. A process that is a dispatcher too (`cim up`) answers 503 then.
     """
-    return await readiness(session)
+    return await readiness(session, dispatches=app.dispatches)

@@ -8,7 +8,7 @@ from pydantic import SkipValidation
 from service.api.deps import App, IdempotencyKey, ReadSession, Ref, Session
 from service.api.routes.examples import SPECS
 from service.contracts.changes import JobChange
-from service.contracts.jobs import JobPage, JobState, JobView, Validation
+from service.contracts.jobs import FINAL, JobPage, JobState, JobView, Validation
 from service.contracts.problems import FieldProblem, Problem
 from service.contracts.specs import Spec
 from service.errors import InvalidSpecError
@@ -16,6 +16,7 @@ from service.jobs import change as changing
 from service.jobs import listing, references
 from service.jobs import submit as submitting
 from service.jobs import validate as validating
+from service.jobs.readiness import notice
 from service.jobs.views import to_view, to_views
 
 INVALID: dict[int | str, dict[str, Any]] = {
@@ -127,7 +128,8 @@ async def list_jobs(
 async def show_job(ref: Ref, session: ReadSession, app: App) -> JobView:
     """Everything about one job: state and reason, progress, latest metrics, attempts, both specs."""
     row = await references.find(session, ref)
-    return await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
+    view = await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
+    return view if view.state in FINAL else view.model_copy(update={"notice": await notice(session)})
 
 
 @router.patch("/{ref}", summary="Change name, priority or labels", responses={**UNKNOWN, **INVALID})

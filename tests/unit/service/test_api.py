@@ -6,6 +6,7 @@ from tests.fakes.finish_contract import FinishContract
 from tests.fakes.json_contract import JsonContract
 from tests.fakes.moves_contract import MovesContract
 from tests.fakes.number_contract import NumberContract
+from tests.fakes.readiness_contract import ReadinessContract
 from tests.fakes.submit_contract import ListContract, SubmitContract
 from tests.fakes.wish_contract import WishContract
 from tests.fakes.work_contract import DetailContract, WorkContract
@@ -18,6 +19,9 @@ class TestList(ListContract): ...
 
 
 class TestNumbers(NumberContract): ...
+
+
+class TestReadiness(ReadinessContract): ...
 
 
 class TestJson(JsonContract): ...

@@ -17,7 +17,7 @@ from service.db import leases
 from service.db.engine import Sessions
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import LeaseRow
-from service.dispatch.leadership import Leadership, replica_name
+from service.dispatch.leadership import Leadership, Pulse, replica_name
 from service.dispatch.loop import repeat
 from tests.fakes.world import World
 
@@ -39,7 +39,7 @@ class Replica:
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     task: asyncio.Task[None] | None = None
 
-    async def work(self, lease: Lease, over: asyncio.Event) -> None:
+    async def work(self, lease: Lease, _pulse: Pulse, over: asyncio.Event) -> None:
         self.terms.append(lease.token)
         self.working = True
         try:
@@ -146,7 +146,7 @@ async def test_taken_over__its_work_is_dropped_and_it_stands_by(world: World) ->
 async def test_taken_over__work_that_writes_nothing_is_told_too(world: World) -> None:
     replica = Replica(world.sessions, "one")
 
-    async def idle(lease: Lease, over: asyncio.Event) -> None:
+    async def idle(lease: Lease, _pulse: Pulse, over: asyncio.Event) -> None:
         replica.terms.append(lease.token)
         replica.working = True
         await over.wait()
@@ -169,7 +169,7 @@ async def test_cut_off__the_lease_is_free_at_once(world: World) -> None:
 
 
 async def test_failure__goes_to_the_caller_and_frees_the_lease(world: World) -> None:
-    async def fail(lease: Lease, over: asyncio.Event) -> None:
+    async def fail(lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
         raise RuntimeError("a bug")
 
     leadership = Leadership(world.sessions, owner="one", lease_s=3600, stop=asyncio.Event())
@@ -199,7 +199,7 @@ async def test_repeat__goes_on_after_a_failure_and_ends_with_the_lease() -> None
         raise errors.pop(0)
 
     with pytest.raises(LeaseLostError):
-        await repeat(work, every_s=0.01, stop=asyncio.Event())
+        await repeat(work, every_s=0.01, pulse=Pulse(), stop=asyncio.Event())
     assert errors == []
 
 
@@ -216,7 +216,7 @@ async def test_repeat__tells_an_outage_of_the_database_once_and_a_bug_in_full(
 
     caplog.set_level(logging.INFO, logger="service.dispatch.loop")
     with pytest.raises(LeaseLostError):
-        await repeat(work, every_s=0.001, stop=asyncio.Event())
+        await repeat(work, every_s=0.001, pulse=Pulse(), stop=asyncio.Event())
     told = [(record.getMessage(), record.exc_info is not None) for record in caplog.records]
     outage = ("the database does not answer: (builtins.ConnectionError) refused", False)
     bug, end = ("a pass failed, 4 in a row", True), ("the database answers again", False)

@@ -1,5 +1,7 @@
 """The migrations lead to exactly the tables of the code."""
 
+import asyncio
+import json
 import os
 import re
 import subprocess
@@ -18,6 +20,8 @@ from service.data_folder import DataFolder
 from service.db.moves import Actor
 from service.db.tables import Base, EventRow
 from service.db.upgrade import SchemaError, alembic_config, newest_revision, upgrade
+from tests.fakes import poison
+from tests.fakes.control_plane import control_plane
 from tests.fakes.world import World
 
 
@@ -79,7 +83,8 @@ def test_actors__fit_their_column() -> None:
 
 
 async def test_readyz__says_what_to_do_about_another_schema(world: World) -> None:
-    ready = {"status": "ready", "revision": newest_revision(), "leases": []}
+    none = "dispatching has not begun: no dispatcher has run on this database yet"
+    ready = {"status": "ready", "revision": newest_revision(), "notice": none, "leases": []}
     assert (await world.client.get("/readyz")).json() == ready
     async with world.sessions.begin() as session:
         await session.execute(text("UPDATE alembic_version SET version_num = '9999'"))
@@ -87,6 +92,75 @@ async def test_readyz__says_what_to_do_about_another_schema(world: World) -> Non
     assert (answer.status_code, answer.json()["code"]) == (503, "not_ready")
     assert "a newer version of the service has upgraded it" in answer.json()["detail"]
     assert (await world.client.get("/healthz")).status_code == 200
+
+
+_THEN = "2026-11-01 00:00:00.000000"
+OLD_JOB = {
+    **dict.fromkeys(("desired_at", "created_at", "updated_at"), _THEN),
+    **dict.fromkeys(("labels", "spec", "progress", "latest"), "{}"),
+    **dict.fromkeys(("attempt", "mlflow_metric_mark", "mlflow_file_mark", "mlflow_closed"), 0),
+    "name": "old",
+    "kind": "tokenizer",
+    "desired": "run",
+    "reason": "as it was",
+    "inputs_wait": "[]",
+    "version": 3,
+    "priority": 50,
+    "max_attempts": 3,
+}
+
+
+def test_upgrade__ends_jobs_whose_numbers_are_none(tmp_path: Path) -> None:
+    path = tmp_path / "old.db"
+    url = at_revision(path, "0006")
+    engine = create_engine(f"sqlite:///{path}")
+    resolved = '{"training": {"weight_decay": Infinity, "betas": [NaN]}, "a": "Infinity"}'
+    with engine.begin() as connection:
+        for job_id, state, document in (
+            ("a", "queued", resolved),
+            ("b", "succeeded", resolved),
+            ("c", "running", '{"training": {'),
+            ("d", "queued", '{"training": {"weight_decay": 0.05}}'),
+        ):
+            values = {**OLD_JOB, "id": job_id, "state": state, "resolved": document}
+            places = ", ".join(f":{name}" for name in values)
+            connection.execute(text(f"INSERT INTO jobs ({', '.join(values)}) VALUES ({places})"), values)
+    upgrade(url)
+    with engine.begin() as connection:
+        rows = {row.id: row for row in connection.execute(text("SELECT * FROM jobs"))}
+        events = connection.execute(text("SELECT * FROM events ORDER BY job_id")).all()
+        assert connection.scalar(text("SELECT count(*) FROM jobs WHERE NOT json_valid(resolved)")) == 0
+    assert [rows[job_id].state for job_id in "abcd"] == ["failed", "succeeded", "failed", "queued"]
+    assert json.loads(rows["a"].resolved) == {
+        "training": {"weight_decay": "Infinity", "betas": ["NaN"]},
+        "a": "Infinity",
+    }
+    places = "resolved.training.betas[0]: NaN, resolved.training.weight_decay: Infinity"
+    assert f"could not be queried, which kept all jobs waiting ({places})" in rows["a"].reason
+    assert "it is no JSON" in rows["c"].reason
+    assert (rows["b"].reason, rows["d"].reason) == ("as it was", "as it was")
+    assert (rows["a"].version, rows["a"].failure_kind, rows["a"].finished_at is None) == (4, "user", False)
+    assert [(event.job_id, event.src, event.dst) for event in events] == [
+        ("a", "queued", "failed"),
+        ("c", "running", "failed"),
+    ]
+
+
+async def test_upgrade__what_it_has_ended_is_shown_and_holds_nobody_up(
+    tmp_path: Path, database_url: str
+) -> None:
+    async with control_plane(tmp_path, database_url=database_url) as plane:
+        poisoned, healthy = await plane.submit(), await plane.submit()
+        await poison.plant(plane.sessions, "jobs.resolved", poisoned, '{"training": {"weight_decay": NaN}}')
+        engine = create_engine(database_url.replace("+aiosqlite", "", 1))
+        with engine.begin() as connection:
+            connection.execute(text("ALTER TABLE leases DROP COLUMN passed_at"))
+            connection.execute(text("ALTER TABLE leases DROP COLUMN doing"))
+            connection.execute(text("UPDATE alembic_version SET version_num = '0006'"))
+        await asyncio.to_thread(upgrade, database_url)
+        await plane.reconciler().run_once()
+        assert (await plane.job(poisoned)).state is JobState.FAILED
+        assert (await plane.job(healthy)).state is JobState.LAUNCHING
 
 
 def at_revision(path: Path, revision: str | None) -> str:

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from service.db import leases
 from service.db.engine import create_engine, create_sessions
-from service.dispatch.loop import COLLECT, FORWARD, RECONCILE
+from service.db.leases import COLLECT, FORWARD, RECONCILE
 from service.serving import serve_both
 from service.settings import Settings
 from tests.fakes.ray_server import ray_server
