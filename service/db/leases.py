@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Update, func, select, update
+from sqlalchemy import ColumnElement, DateTime, Update, func, select, type_coerce, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db.engine import Sessions
@@ -72,7 +72,8 @@ async def holder(session: AsyncSession, name: str) -> str | None:
 
 async def look(session: AsyncSession, name: str) -> tuple[LeaseRow, datetime] | None:
     """A lease, whether somebody holds it or not, and the database's time; None before its first holder."""
-    found = await session.execute(select(LeaseRow, _clock(session)).where(LeaseRow.name == name))
+    now = type_coerce(_clock(session), UtcDateTime())
+    found = await session.execute(select(LeaseRow, now).where(LeaseRow.name == name))
     row = found.one_or_none()
     return None if row is None else (row[0], row[1])
 
@@ -150,7 +151,7 @@ def _mine(lease: Lease) -> Update:
 
 def _clock(session: AsyncSession, *, plus_s: float = 0.0) -> ColumnElement[datetime]:
     """The database's clock when the statement runs, not when its transaction began."""
-    moment = UtcDateTime()
+    moment = DateTime(timezone=True)
     if session.get_bind().dialect.name == "sqlite":
         return func.strftime(_SQLITE_MOMENT, "now", f"{plus_s:+.3f} seconds", type_=moment)
     return func.clock_timestamp(type_=moment) + timedelta(seconds=plus_s)
