@@ -69,6 +69,12 @@ class BrokenManifestError(ServiceError):
     code, status, title = "broken_manifest", 409, "A file of the manifest is missing or damaged"
 
 
+class DamagedJobError(ServiceError):
+    """The stored record of a job cannot be read, so nothing can be done with it but to end it."""
+
+    code, status, title = "damaged_job", 409, "The stored record of the job is damaged"
+
+
 class ConflictError(ServiceError):
     """The row moved while the request ran; repeating the request is safe."""
 

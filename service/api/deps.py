@@ -148,7 +148,7 @@ async def find_job_id(app: App, ref: Ref) -> str:
     """The full id, in a transaction of its own: what follows may take long, and must hold none."""
     async with app.sessions.begin() as session:
         await only_reads(session)
-        return (await references.find(session, ref)).id
+        return await references.find_id(session, ref)
 
 
 async def find_artifact(app: App, ref: Ref, path: str) -> artifacts.Artifact:

@@ -2,14 +2,15 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Any
+from datetime import UTC, datetime
+from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Select, Text, and_, func, or_, select, tuple_, type_coerce
+from sqlalchemy import ColumnElement, Select, Text, and_, case, func, or_, select, tuple_, type_coerce
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import JobState
+from service.db.failures import is_outage
 from service.db.tables import (
     AttemptRow,
     Base,
@@ -23,6 +24,8 @@ from service.db.tables import (
 from service.domain.names import JOB_ID_LENGTH
 
 # Both dialects spell `ON CONFLICT` alike, but SQLAlchemy gives them no common type.
+_LATEST = datetime(9999, 12, 31, tzinfo=UTC)
+Row = TypeVar("Row")
 INSERT: Mapping[str, Any] = {"postgresql": postgresql.insert, "sqlite": sqlite.insert}
 
 
@@ -54,27 +57,60 @@ async def jobs_by_id(session: AsyncSession, job_ids: Collection[str]) -> dict[st
     return {row.id: row for row in rows}
 
 
-async def jobs_starting_with(session: AsyncSession, prefix: str, *, limit: int) -> Sequence[JobRow]:
-    """Jobs whose id starts with `prefix`, newest first."""
+async def exists(session: AsyncSession, job_id: str) -> bool:
+    """Whether there is a job of that id."""
+    return await session.scalar(select(JobRow.id).where(JobRow.id == job_id)) is not None
+
+
+async def state(session: AsyncSession, job_id: str) -> JobState | None:
+    """The job's state; None where there is no such job."""
+    found: JobState | None = await session.scalar(select(JobRow.state).where(JobRow.id == job_id))
+    return found
+
+
+async def jobs_starting_with(session: AsyncSession, prefix: str, *, limit: int) -> list[tuple[str, str]]:
+    """Ids and names of jobs whose id starts with `prefix`, newest first."""
     if len(prefix) > JOB_ID_LENGTH:
         return []
-    return (await session.scalars(starting_with(prefix).limit(limit))).all()
+    query = starting_with(prefix).with_only_columns(JobRow.id, JobRow.name).limit(limit)
+    return [(row.id, row.name) for row in await session.execute(query)]
 
 
-async def latest_named(session: AsyncSession, name: str) -> JobRow | None:
-    """The newest job of that name."""
-    row: JobRow | None = await session.scalar(_newest(select(JobRow).where(JobRow.name == name)).limit(1))
-    return row
+async def latest_named(session: AsyncSession, name: str) -> str | None:
+    """The id of the newest job of that name."""
+    found: str | None = await session.scalar(_newest(select(JobRow.id).where(JobRow.name == name)).limit(1))
+    return found
 
 
 async def page(
     session: AsyncSession, wanted: JobFilter, *, limit: int, before: tuple[datetime, str] | None
-) -> Sequence[JobRow]:
-    """At most `limit` jobs, newest first, older than the job at `before` (its creation, its id)."""
+) -> list[JobRow | str]:
+    """At most `limit` jobs, newest first, older than the job at `before` (its creation, its id).
+
+    Of one whose row cannot be read there is the id alone.
+    """
     query = newest(wanted, dialect=session.get_bind().dialect.name)
     if before is not None:
         query = query.where(tuple_(JobRow.created_at, JobRow.id) < before)
-    return (await session.scalars(query.limit(limit))).all()
+    try:
+        return [*await session.scalars(query.limit(limit))]
+    except Exception as error:
+        if is_outage(error):
+            raise
+    # What was created at no moment of ours has no place in the order.
+    placed = query.where(JobRow.created_at.between(datetime.min.replace(tzinfo=UTC), _LATEST))
+    ids = (await session.scalars(placed.with_only_columns(JobRow.id).limit(limit))).all()
+    return [await _job_or_id(session, job_id) for job_id in ids]
+
+
+async def _job_or_id(session: AsyncSession, job_id: str) -> JobRow | str:
+    try:
+        row = await job(session, job_id)
+    except Exception as error:
+        if is_outage(error):
+            raise
+        return job_id
+    return row or job_id
 
 
 async def attempt(
@@ -192,7 +228,7 @@ async def upsert(
     await session.execute(statement.on_conflict_do_update(index_elements=list(key), set_=others), unique)
 
 
-def _newest(query: Select[JobRow]) -> Select[JobRow]:
+def _newest(query: Select[Row]) -> Select[Row]:
     return query.order_by(JobRow.created_at.desc(), JobRow.id.desc())
 
 
@@ -221,7 +257,8 @@ def newest(wanted: JobFilter, *, dialect: str) -> Select[JobRow]:
 def _has_labels(labels: Mapping[str, str], *, dialect: str) -> ColumnElement[bool]:
     if dialect == "postgresql":  # served by ix_jobs_labels
         return type_coerce(JobRow.labels, postgresql.JSONB).contains(dict(labels))
-    return and_(*(JobRow.labels[key].as_string() == value for key, value in labels.items()))
+    fits = and_(*(JobRow.labels[key].as_string() == value for key, value in labels.items()))
+    return case((func.json_valid(JobRow.labels) == 1, fits), else_=False)
 
 
 def _holds(part: str, *, dialect: str) -> ColumnElement[bool]:

@@ -119,7 +119,9 @@ class Reconciler:
             without=self._unreadable & resting,
         )
         for job_id, error in found.unreadable.items():
-            await self._troubles.note(job_id, error)
+            if await self._troubles.note(job_id, error):
+                async with self._troubles.turn(job_id):
+                    await record.end_unreadable(self._guarded, job_id, now=self._clock())
         jobs = found.jobs
         self._unreadable = (self._unreadable & resting) | found.unreadable.keys()
         turns = [observed for observed in jobs if observed.job.id not in resting]

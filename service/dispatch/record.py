@@ -10,7 +10,7 @@ from typing import Any
 from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.contracts.jobs import FINAL, FailureKind, JobState
+from service.contracts.jobs import FINAL, Desired, FailureKind, JobState
 from service.db import moves, queries
 from service.db.leases import GuardedSessions
 from service.db.tables import AttemptRow, JobRow
@@ -18,6 +18,7 @@ from service.dispatch.observe import Observed
 from service.domain import retry
 from service.domain.decide import Change, Lost
 from service.domain.names import submission_id
+from service.jobs.damaged import end_damaged
 
 _REASONS_AT_ONCE = 1000
 
@@ -50,6 +51,13 @@ async def tell(sessions: GuardedSessions, job_id: str, text: str, *, now: dateti
         )
         moves.note(session, job_id, actor="dispatcher", message=text, now=now)
     return str(before or "")
+
+
+async def end_unreadable(sessions: GuardedSessions, job_id: str, *, now: datetime) -> None:
+    """End a job of which no turn comes to anything, if that is what its user wants."""
+    async with sessions.begin() as session:
+        if await session.scalar(select(JobRow.desired).where(JobRow.id == job_id)) is Desired.CANCEL:
+            await end_damaged(session, job_id, now=now)
 
 
 async def untell(sessions: GuardedSessions, job_id: str, text: str, *, before: str) -> None:

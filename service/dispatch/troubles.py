@@ -95,8 +95,8 @@ class Troubles:
         else:
             self._went.add(job_id)
 
-    async def note(self, job_id: str, error: Exception) -> None:
-        """Count an error of a job's turn, and tell whom it concerns.
+    async def note(self, job_id: str, error: Exception) -> bool:
+        """Count an error of a job's turn, and tell whom it concerns; whether it is no chance any more.
 
         Raises LeaseLostError and outages of the database; what else goes wrong here is only logged.
         """
@@ -109,7 +109,7 @@ class Troubles:
             level, trace = (logging.WARNING, None) if isinstance(error, _FORESEEN) else (logging.ERROR, error)
             logger.log(level, "job %s: %s: %s", job_id, self._what, text, exc_info=trace)
         if trouble.number < TOLD_AFTER:
-            return  # what was chance is over by the next pass
+            return False  # what was chance is over by the next pass
         rest_s = self._first_rest_s * 2.0 ** min(trouble.number - TOLD_AFTER, 30)
         trouble.rests_until = self._monotonic() + min(rest_s, self._longest_rest_s)
         if not trouble.told:
@@ -123,6 +123,7 @@ class Troubles:
             except Exception as untold:
                 self._check_outage(untold)
                 logger.warning("job %s: its reason could not be written: %s", job_id, _text(untold))
+        return True
 
     def _check_outage(self, error: Exception) -> None:
         """Raise `error` where it concerns every job, as a lock on one job's row does not."""

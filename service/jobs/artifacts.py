@@ -10,7 +10,7 @@ from service.contracts.jobs import FileEntry
 from service.db import queries
 from service.domain.names import job_prefix
 from service.errors import NotFoundError
-from service.jobs.references import find
+from service.jobs.references import find_id
 from service.jobs.views import to_file
 from service.store.base import ObjectStore
 
@@ -62,11 +62,11 @@ def _cut(chunks: Iterator[bytes], *, start: int, end: int) -> Iterator[bytes]:
 
 
 async def _manifest(session: AsyncSession, ref: str) -> tuple[str, dict[str, FileEntry]]:
-    job = await find(session, ref)
-    checkpoint = await queries.last_checkpoint(session, job.id)
+    job_id = await find_id(session, ref)
+    checkpoint = await queries.last_checkpoint(session, job_id)
     entries = [FileEntry.model_validate(entry) for entry in checkpoint.files] if checkpoint else []
-    entries += [to_file(row) for row in await queries.files(session, job.id)]
-    return job.id, {entry.path: entry for entry in entries}
+    entries += [to_file(row) for row in await queries.files(session, job_id)]
+    return job_id, {entry.path: entry for entry in entries}
 
 
 def _content_type(path: str) -> str:

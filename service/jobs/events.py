@@ -35,13 +35,13 @@ async def follow(sessions: Sessions, job_id: str, *, after: int, poll_s: float) 
         async with sessions.begin() as session:
             await only_reads(session)
             # The state is read before the events: whatever made it final is then among them.
-            job = await queries.job(session, job_id)
+            state = await queries.state(session, job_id)
             rows = await _after(session, job_id, after)
         for row in rows:
             yield to_event(row)
             after = row.id
         if not rows:
-            if job is None or job.state in FINAL:
+            if state is None or state in FINAL:
                 return
             await asyncio.sleep(poll_s)
 

@@ -9,11 +9,11 @@ from datetime import datetime
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from service.contracts.jobs import JobPage, JobState
+from service.contracts.jobs import JobPage, JobState, JobView
 from service.contracts.problems import FieldProblem
 from service.db import queries
-from service.db.tables import JobRow
 from service.errors import InvalidSpecError
+from service.jobs.damaged import UNKNOWN
 from service.jobs.readiness import notice
 from service.jobs.views import to_views
 
@@ -48,11 +48,11 @@ async def page(session: AsyncSession, query: Query, *, mlflow_url: str | None) -
     )
     before = _position(query.cursor) if query.cursor else None
     rows = await queries.page(session, wanted, limit=query.limit + 1, before=before)
-    shown = rows[: query.limit]
-    views = await to_views(session, shown, mlflow_url=mlflow_url)
+    views = await to_views(session, rows[: query.limit], mlflow_url=mlflow_url)
+    views = [view for view in views if view.created_at != UNKNOWN]  # it has no place in the order
     return JobPage(
         jobs=views,
-        next_cursor=_cursor(shown[-1]) if len(rows) > query.limit else None,
+        next_cursor=_cursor(views[-1]) if views and len(rows) > query.limit else None,
         notice=await notice(session),
     )
 
@@ -64,8 +64,8 @@ def _label(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _cursor(row: JobRow) -> str:
-    text = json.dumps([row.created_at.isoformat(), row.id])
+def _cursor(last: JobView) -> str:
+    text = json.dumps([last.created_at.isoformat(), last.id])
     return base64.urlsafe_b64encode(text.encode()).decode()
 
 

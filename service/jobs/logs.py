@@ -97,8 +97,8 @@ def _take(lines: Iterator[LogLine]) -> list[LogLine]:
 async def _is_final(sessions: Sessions, job_id: str) -> bool:
     async with sessions.begin() as session:
         await only_reads(session)
-        job = await queries.job(session, job_id)
-    return job is None or job.state in FINAL
+        state = await queries.state(session, job_id)
+    return state is None or state in FINAL
 
 
 @dataclass(frozen=True, kw_only=True)

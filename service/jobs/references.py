@@ -11,9 +11,10 @@ from service.contracts.parsing import AnySpec, place
 from service.contracts.problems import FieldProblem
 from service.contracts.specs import EvaluateSpec, PretrainSpec
 from service.db import queries
+from service.db.failures import is_outage
 from service.db.tables import JobRow
 from service.domain.names import JOB_ID_LENGTH
-from service.errors import AmbiguousError, NotFoundError
+from service.errors import AmbiguousError, DamagedJobError, NotFoundError
 
 _SCHEME = "job:"
 _HEX = re.compile(r"[0-9a-f]+")
@@ -38,19 +39,48 @@ class Links:
 
 
 async def find(session: AsyncSession, ref: str) -> JobRow:
-    """The job of that id, name (the latest one), or unique prefix of an id."""
+    """The job of that id, name (the latest one), or unique prefix of an id.
+
+    Raises:
+        NotFoundError, AmbiguousError: no job fits, or several do.
+        DamagedJobError: its row cannot be read.
+    """
+    job_id = await find_id(session, ref)
+    try:
+        row = await queries.job(session, job_id)
+    except Exception as error:
+        if is_outage(error):
+            raise
+        told = f"the stored record of job {job_id} is damaged: {type(error).__name__}: {error}"
+        raise DamagedJobError(
+            f"{told}; `cim show` tells what can be read of it, `cim cancel` ends it"
+        ) from error
+    assert row is not None, "jobs are never deleted"
+    return row
+
+
+async def find_or_id(session: AsyncSession, ref: str) -> JobRow | str:
+    """The job, or its id alone where its row cannot be read."""
+    try:
+        return await find(session, ref)
+    except DamagedJobError:
+        return await find_id(session, ref)
+
+
+async def find_id(session: AsyncSession, ref: str) -> str:
+    """The id of the job that `find` means; nothing else of it is read. Raises as `find` does."""
     is_hex = _HEX.fullmatch(ref) is not None
-    if is_hex and len(ref) == JOB_ID_LENGTH and (row := await queries.job(session, ref)) is not None:
-        return row
-    if (row := await queries.latest_named(session, ref)) is not None:
-        return row
-    rows = await queries.jobs_starting_with(session, ref, limit=_MOST_SHOWN) if is_hex else []
-    if not rows:
+    if is_hex and len(ref) == JOB_ID_LENGTH and await queries.exists(session, ref):
+        return ref
+    if (job_id := await queries.latest_named(session, ref)) is not None:
+        return job_id
+    fits = await queries.jobs_starting_with(session, ref, limit=_MOST_SHOWN) if is_hex else []
+    if not fits:
         raise NotFoundError(f"no job has the id or name {ref!r}, and no id begins with it")
-    if len(rows) > 1:
-        fits = ", ".join(f"{row.id} ({row.name})" for row in rows)
-        raise AmbiguousError(f"{ref!r} is the beginning of several ids: {fits}; give more of it")
-    return rows[0]
+    if len(fits) > 1:
+        shown = ", ".join(f"{job_id} ({name})" for job_id, name in fits)
+        raise AmbiguousError(f"{ref!r} is the beginning of several ids: {shown}; give more of it")
+    return fits[0][0]
 
 
 def wish_of(spec: AnySpec) -> Wish | None:
@@ -114,7 +144,7 @@ async def _stored(session: AsyncSession, wish: Wish, ref: str) -> tuple[str, str
         return "", f"must name a job, as in {_SCHEME}my-{wish.kind}, got {wish.value!r}"
     try:
         row = await find(session, ref)
-    except (NotFoundError, AmbiguousError) as error:
+    except (NotFoundError, AmbiguousError, DamagedJobError) as error:
         return "", f"{error}; `cim ls --kind {wish.kind}` shows what there is"
     fault = _kind_fault(wish, row.kind, ref)
     if not fault and row.state in FINAL and row.state is not JobState.SUCCEEDED:

@@ -1,24 +1,61 @@
 """Rows as the contracts that clients see."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import AttemptView, EventView, FileEntry, JobView, MetricPoint, Progress
 from service.db import queries
+from service.db.failures import is_outage
 from service.db.tables import AttemptRow, EventRow, FileRow, JobRow, MetricRow
+from service.jobs.damaged import damaged_view
 
 
-async def to_views(session: AsyncSession, rows: Sequence[JobRow], *, mlflow_url: str | None) -> list[JobView]:
-    """Jobs with their attempts. `mlflow_url` is MLflow's address as a browser reaches it."""
-    attempts: dict[str, list[AttemptRow]] = {row.id: [] for row in rows}
-    if started := [row.id for row in rows if row.attempt > 0]:
-        for attempt in await queries.attempts(session, started):
-            attempts[attempt.job_id].append(attempt)
-    return [_view(row, attempts[row.id], mlflow_url=mlflow_url) for row in rows]
+async def to_views(
+    session: AsyncSession, rows: Sequence[JobRow | str], *, mlflow_url: str | None
+) -> list[JobView]:
+    """Jobs with their attempts; of one that is an id alone, and of one that makes no sense, what can be read.
+
+    `mlflow_url` is MLflow's address as a browser reaches it.
+    """
+    whole = [row for row in rows if isinstance(row, JobRow)]
+    attempts = await _attempts(session, [row.id for row in whole if row.attempt != 0])
+    return [await _any_view(session, row, attempts, mlflow_url=mlflow_url) for row in rows]
 
 
-async def to_view(session: AsyncSession, row: JobRow, *, mlflow_url: str | None) -> JobView:
+async def _attempts(session: AsyncSession, job_ids: Sequence[str]) -> dict[str, list[AttemptRow]]:
+    """Attempts by job; a job whose attempts cannot be read is left out."""
+    try:
+        found = await queries.attempts(session, job_ids) if job_ids else []
+    except Exception as error:
+        if is_outage(error):
+            raise
+        if len(job_ids) == 1:
+            return {}
+        middle = len(job_ids) // 2
+        return await _attempts(session, job_ids[:middle]) | await _attempts(session, job_ids[middle:])
+    attempts: dict[str, list[AttemptRow]] = {job_id: [] for job_id in job_ids}
+    for attempt in found:
+        attempts[attempt.job_id].append(attempt)
+    return attempts
+
+
+async def _any_view(
+    session: AsyncSession,
+    row: JobRow | str,
+    attempts: Mapping[str, list[AttemptRow]],
+    *,
+    mlflow_url: str | None,
+) -> JobView:
+    if isinstance(row, str):
+        return await damaged_view(session, row)
+    try:
+        return _view(row, attempts[row.id] if row.attempt != 0 else [], mlflow_url=mlflow_url)
+    except (ValueError, TypeError, LookupError, AttributeError):  # ValidationError is a ValueError
+        return await damaged_view(session, row.id)
+
+
+async def to_view(session: AsyncSession, row: JobRow | str, *, mlflow_url: str | None) -> JobView:
     """One job with its attempts."""
     return (await to_views(session, [row], mlflow_url=mlflow_url))[0]
 

@@ -6,10 +6,12 @@ from typing import Any
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.db import moves
+from service.db.failures import is_outage
 from service.db.tables import JobRow
 from service.domain.wishes import Verb, Wish, wish
-from service.errors import ConflictError
-from service.jobs.references import find
+from service.errors import ConflictError, DamagedJobError, ServiceError
+from service.jobs.damaged import end_damaged
+from service.jobs.references import find, find_id
 
 _TRIES = 5
 # What a job that ended must forget when its user lets it run again.
@@ -22,6 +24,24 @@ _REOPENED = {
     "mlflow_run_id": None,
     "mlflow_closed": False,
 }
+
+
+async def ask_any(session: AsyncSession, ref: str, verb: Verb, *, now: datetime) -> JobRow | str:
+    """`ask`; a job whose record is damaged can be cancelled, and nothing else. Then its id is returned."""
+    try:
+        async with session.begin_nested():
+            return await ask(session, ref, verb, now=now)
+    except ServiceError as error:
+        if verb is not Verb.CANCEL or not isinstance(error, DamagedJobError):
+            raise
+    except Exception as error:
+        if is_outage(error):
+            raise
+        if verb is not Verb.CANCEL:
+            raise DamagedJobError(f"the stored record of the job is damaged: {error}") from error
+    job_id = await find_id(session, ref)
+    await end_damaged(session, job_id, now=now)
+    return job_id
 
 
 async def ask(session: AsyncSession, ref: str, verb: Verb, *, now: datetime) -> JobRow:

@@ -16,9 +16,10 @@ from service.contracts.jobs import FINAL, Desired, FileEntry, JobState, MetricPo
 from service.contracts.work import Assignment, Checkpoint, Report, ReportReply, StoreAddress
 from service.db import moves, queries
 from service.db.engine import Sessions
+from service.db.failures import is_outage
 from service.db.tables import AttemptRow, CheckpointRow, FileRow, JobRow, MetricRow
 from service.domain.names import checkpoint_prefix, job_prefix
-from service.errors import BrokenManifestError, NotFoundError, StaleAttemptError
+from service.errors import BrokenManifestError, DamagedJobError, NotFoundError, StaleAttemptError
 from service.jobs import manifest
 from service.store.base import ObjectStore
 
@@ -138,9 +139,14 @@ async def current(session: AsyncSession, job_id: str, number: int) -> tuple[JobR
 
 
 async def locked(session: AsyncSession, job_id: str, number: int) -> tuple[JobRow, AttemptRow]:
-    """The locked job and one of its attempts, whatever their state."""
-    job = await queries.job(session, job_id, lock=True)
-    attempt = await queries.attempt(session, job_id, number, fresh=True)
+    """The locked job and one of its attempts, whatever their state. Raises DamagedJobError."""
+    try:
+        job = await queries.job(session, job_id, lock=True)
+        attempt = await queries.attempt(session, job_id, number, fresh=True)
+    except Exception as error:
+        if is_outage(error):
+            raise
+        raise DamagedJobError(f"the stored record of job {job_id} is damaged: {error}") from error
     if job is None or attempt is None:
         raise NotFoundError(f"job {job_id} has no attempt {number}")
     return job, attempt

@@ -21,6 +21,7 @@ from tests.fakes.control_plane import RULES, ControlPlane, control_plane
 from tests.fakes.garbage_scene import collector
 from tests.fakes.launcher import FakeLauncher
 from tests.fakes.tracker import FakeTracker
+from tests.fakes.world import World, open_world
 
 NUM_HEALTHY = 10
 _MOST_PASSES = 8
@@ -58,35 +59,76 @@ class PoisonContract:
         outcomes = [tracker.runs[f"run-{job_id}"].outcome for job_id in healthy]
         assert outcomes == [Outcome.FINISHED] * NUM_HEALTHY
 
+    @pytest.mark.parametrize("column", [c for c in poison.COLUMNS if c.startswith(("jobs.", "attempts."))])
+    async def test_poison__hides_no_job_and_its_own_can_be_shown_and_ended(
+        self, plane: ControlPlane, column: str, database_url: str, tmp_path: Path
+    ) -> None:
+        (tmp_path / "api").mkdir()
+        async with open_world(database_url, tmp_path / "api") as world:
+            healthy = [job["id"] for job in await world.submit(*(world.tokenizer(f"h{n}") for n in range(5)))]
+            victims = await self._victims(plane, column)
+            await poison.open_the_gates(plane.sessions)
+            for job_id, value in victims.items():
+                await poison.plant(plane.sessions, column, job_id, value)
+            healthy += [job["id"] for job in await world.submit(world.tokenizer(labels={"a": "b"}))]
+            assert set(await self._listed(world, limit=7)) >= set(healthy)
+            assert await self._listed(world, limit=7, label="a=b") == healthy[-1:]
+            if column != "jobs.id":
+                await self._show_and_end(world, victims, column)
+
+    async def _listed(self, world: World, **query: str | int) -> list[str]:
+        found: list[str] = []
+        while True:
+            answer = await world.client.get("/v1/jobs", params=query)
+            assert answer.status_code == 200, answer.text
+            page = answer.json()
+            found += [job["id"] for job in page["jobs"]]
+            if page["next_cursor"] is None:
+                return found
+            query["cursor"] = page["next_cursor"]
+
+    async def _show_and_end(self, world: World, victims: dict[str, Any], column: str) -> None:
+        for job_id in list(victims)[::3]:  # of each value and each state some
+            shown = await world.client.get(f"/v1/jobs/{job_id}")
+            assert shown.status_code == 200, shown.text
+            asked = await world.client.post(f"/v1/jobs/{job_id}/cancel")
+            if column not in ("jobs.state", "jobs.version"):
+                assert asked.status_code == 202, asked.text
+                ended = (await world.show(job_id))["state"]
+                assert ended in ("cancelled", "failed", "stopping"), ended
+            assert asked.status_code == 202 or asked.json()["code"] == "damaged_job", asked.text
+            pausing = await world.client.post(f"/v1/jobs/{job_id}/pause")
+            assert pausing.json()["code"] in ("illegal_move", "damaged_job"), pausing.text
+
     async def _victims(self, plane: ControlPlane, column: str) -> dict[str, Any]:
         """Queued, running, stopping and ended jobs for each poisonous value, and the value."""
-        async with plane.sessions() as session:
+        running, stopping, ended = [await plane.submit("victim") for _ in range(3)]
+        await plane.reconciler(_RULES).run_once()
+        for job_id in (running, stopping, ended):
+            await self._begin(plane, job_id)
+        async with plane.sessions.begin() as session:
             dialect = session.get_bind().dialect.name
+            await ask(session, stopping, Verb.CANCEL, now=plane.now)
+        await plane.finish(ended, 1, outcome="failed", failure={"kind": "user", "message": "no images"})
+        originals = [running, stopping, ended, await plane.submit("victim")]
+        originals.append(await plane.submit("victim", inputs_wait=[ended]))
         victims: dict[str, Any] = {}
         for value in poison.values(column, dialect):
-            running, stopping, ended = [await plane.submit("victim") for _ in range(3)]
-            await plane.reconciler(_RULES).run_once()
-            for job_id in (running, stopping, ended):
-                await self._begin(plane, job_id, checkpoints=3 if column.startswith("checkpoints") else 1)
-            await self._ask(plane, stopping, Verb.CANCEL)
-            await plane.finish(ended, 1, outcome="failed", failure={"kind": "user", "message": "no images"})
-            queued = [await plane.submit("victim"), await plane.submit("victim", inputs_wait=[ended])]
-            victims |= dict.fromkeys((running, stopping, ended, *queued), value)
+            for job_id in originals:
+                victims[twin := await poison.clone(plane.sessions, job_id)] = value
+                if (job := plane.launcher.jobs.get(submission_id(job_id, 1))) is not None:
+                    plane.launcher.jobs[submission_id(twin, 1)] = job
         return victims
 
-    async def _begin(self, plane: ControlPlane, job_id: str, *, checkpoints: int) -> None:
+    async def _begin(self, plane: ControlPlane, job_id: str) -> None:
         """Leave a row of every kind. Of three checkpoints one may go."""
         picture = plane.put(job_id, "samples/step-1.png", b"png")
         await plane.report(job_id, 1, MetricPoint(key="loss", step=1, value=0.5), files=(picture,))
-        for step in range(1, checkpoints + 1):
+        for step in (1, 2, 3):
             prefix = checkpoint_prefix(1, step)
             file = plane.put(job_id, f"{prefix}/state.json", b"{}")
             saved = Checkpoint(step=step, prefix=prefix, files=[file])
             await commit_checkpoint(plane.sessions, plane.store, job_id, 1, saved, now=plane.now)
-
-    async def _ask(self, plane: ControlPlane, job_id: str, verb: Verb) -> None:
-        async with plane.sessions.begin() as session:
-            await ask(session, job_id, verb, now=plane.now)
 
     async def _work(self, plane: ControlPlane, healthy: list[str]) -> int:
         """Let the workers of the healthy jobs do their part; how many were not closed before."""

@@ -127,7 +127,7 @@ async def list_jobs(
 @router.get("/{ref}", summary="Show a job", responses=UNKNOWN)
 async def show_job(ref: Ref, session: ReadSession, app: App) -> JobView:
     """Everything about one job: state and reason, progress, latest metrics, attempts, both specs."""
-    row = await references.find(session, ref)
+    row = await references.find_or_id(session, ref)
     view = await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
     return view if view.state in FINAL else view.model_copy(update={"notice": await notice(session)})
 

@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1/jobs/{ref}", tags=["jobs"])
 
 
 async def _ask(ref: str, verb: Verb, session: Session, app: App) -> JobView:
-    row = await wishes.ask(session, ref, verb, now=app.clock())
+    row = await wishes.ask_any(session, ref, verb, now=app.clock())
     return await to_view(session, row, mlflow_url=app.settings.mlflow_browser_url)
 
 
