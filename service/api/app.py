@@ -24,6 +24,7 @@ _TAGS = [
     },
     {"name": "health", "description": "For load balancers and people."},
 ]
+_ROUTES = (jobs, wishes, details, recipes, attempts, health)
 
 
 def create_app(
@@ -64,15 +65,8 @@ def create_app(
         poll_s=poll_s,
         dispatches=dispatches,
     )
-    for router in (
-        jobs.router,
-        wishes.router,
-        details.router,
-        recipes.router,
-        attempts.router,
-        health.router,
-    ):
-        app.include_router(router)
+    for routes in _ROUTES:
+        app.include_router(routes.router)
     errors.install(app)
     docs.install(app)
     app.add_middleware(Limits)

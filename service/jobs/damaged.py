@@ -23,7 +23,7 @@ UNKNOWN = datetime(1, 1, 1, tzinfo=UTC)  # a moment that nobody can read
 _BLANK: dict[str, Any] = {
     "name": "?",
     "kind": "?",
-    "state": JobState.FAILED,
+    "state": "failed",
     "desired": Desired.RUN,
     "reason": "",
     "failure_kind": None,
