@@ -187,7 +187,10 @@ def _say_on_stderr(text: str) -> None:
 
 def _log_to_file(path: Path) -> None:
     """Everything into a file that cannot grow without end; stderr belongs to the user."""
-    handler = RotatingFileHandler(path, maxBytes=_LOG_BYTES, backupCount=3)
+    # A name that UTF-8 cannot hold is written as an escape.
+    handler = RotatingFileHandler(
+        path, maxBytes=_LOG_BYTES, backupCount=3, encoding="utf-8", errors="backslashreplace"
+    )
     logging.basicConfig(level=logging.INFO, format=_LOG_FORMAT, handlers=[handler])
     _quieten()
 

@@ -21,7 +21,7 @@ from workers.failures import AttemptStaleError, ServiceAwayError
 log = logging.getLogger(__name__)
 
 MAX_POINTS = 100_000  # waiting for the service; older ones are given up first
-POINTS_A_REPORT = 1_000
+POINTS_A_REPORT = FILES_A_REPORT = 1_000
 MAX_PAUSE_S = 30.0
 CONFLICT = "conflict"  # the service's code for a row that moved; it says that repeating is safe
 
@@ -150,7 +150,7 @@ class Reporter:
         with self._posting:
             with self._lock:
                 points = [self._points[i] for i in range(min(POINTS_A_REPORT, len(self._points)))]
-                files, plan = list(self._files), self._plan
+                files, plan = self._files[:FILES_A_REPORT], self._plan
                 report = Report(
                     progress=self._progress, metrics=points, files=files, plan=plan, idle_s=self.idle_s
                 )

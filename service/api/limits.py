@@ -9,11 +9,12 @@ from service.api.errors import problem_of, problem_response
 from service.contracts.problems import Problem
 
 MAX_BODY_BYTES = 1 << 20
+MAX_REPORT_BYTES = 2 << 20  # a thousand points and as many files, twice over
 MAX_WORKER_BODY_BYTES = 16 << 20  # a manifest of tens of thousands of files
 MAX_ADDRESS_BYTES = 8 << 10
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 32 << 10
-_WORKERS = "/v1/attempts/"
+_WORKERS, _REPORT = "/v1/attempts/", "/report"
 
 
 class Limits:
@@ -30,11 +31,18 @@ class Limits:
         if (problem := _fault(scope)) is not None:
             await problem_response(problem)(scope, receive, send)
             return
-        limit = MAX_WORKER_BODY_BYTES if scope["path"].startswith(_WORKERS) else MAX_BODY_BYTES
+        limit = _limit(scope["path"])
         if _declared(scope) > limit:
             await problem_response(problem_of(413, detail=_told(limit)))(scope, receive, send)
             return
         await self._app(scope, _counting(receive, limit), send)
+
+
+def _limit(path: str) -> int:
+    """Bytes that a body may have."""
+    if not path.startswith(_WORKERS):
+        return MAX_BODY_BYTES
+    return MAX_REPORT_BYTES if path.endswith(_REPORT) else MAX_WORKER_BODY_BYTES
 
 
 def _fault(scope: Scope) -> Problem | None:

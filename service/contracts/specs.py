@@ -11,7 +11,8 @@ from cim_core.config import Duration, ModelConfig, TokenizerConfig, TokenizerTra
 from cim_core.limits import LARGEST_SEED, TEMPERATURES
 from service.contracts.base import Contract
 
-Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=NAME_PATTERN)]
 Uri = Annotated[str, Field(min_length=1, max_length=4096)]
 MOST_LABELS = 64  # each is a tag in MLflow
 # Merged by `parsing` before a spec is made; here it is a record of where its values come from.

@@ -4,6 +4,7 @@ Ray refuses a second job of the same id with status 500, which is also its answe
 there, and a reply may be lost. So after anything but a 200 the job is looked up: found is adopted.
 """
 
+import asyncio
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from service.domain.queueing import Needs
 _TIMEOUT = httpx.Timeout(10.0, read=60.0)
 _MAX_NODES = 10_000  # Ray lists no more
 _MOST_TAIL_BYTES = 2**16
+_MOST_READ_BYTES, _TAIL_LIMIT_S = 2**28, 10.0  # of a log: a line of gigabytes shall not hold up a pass
 
 
 class RayLauncher:
@@ -84,17 +86,22 @@ class RayLauncher:
         return (await self._end_of("/api/v0/logs/file", query)).splitlines()[-max_lines:]
 
     async def _end_of(self, path: str, query: Mapping[str, str | int]) -> str:
-        """The end of what Ray sends, also where it breaks off; empty where it refuses."""
+        """The end of what Ray sends, also where it breaks off or does not end; empty where it refuses."""
         tail, length, answered = b"", 0, False
         try:
-            async with self._http.stream("GET", path, params=query) as answer:
+            async with (
+                asyncio.timeout(_TAIL_LIMIT_S),
+                self._http.stream("GET", path, params=query) as answer,
+            ):
                 if not answer.is_success:
                     return ""
                 answered = True
                 async for part in answer.aiter_bytes():
                     length += len(part)
                     tail = (tail + part)[-_MOST_TAIL_BYTES:]
-        except httpx.HTTPError as error:
+                    if length > _MOST_READ_BYTES:
+                        break
+        except (httpx.HTTPError, TimeoutError) as error:
             if not answered:
                 raise self._unavailable(error) from error
         cut = "[cut] " if length > len(tail) else ""

@@ -3,19 +3,24 @@
 import base64
 import binascii
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import JobPage, JobState, JobView
 from service.contracts.problems import FieldProblem
+from service.contracts.specs import NAME_PATTERN
+from service.contracts.storable import is_text
 from service.db import queries
 from service.errors import InvalidSpecError
 from service.jobs.damaged import UNKNOWN
 from service.jobs.readiness import notice
 from service.jobs.views import to_views
+
+_NAME = re.compile(NAME_PATTERN)
 
 
 class InvalidQueryError(InvalidSpecError):
@@ -59,8 +64,8 @@ async def page(session: AsyncSession, query: Query, *, mlflow_url: str | None) -
 
 def _label(text: str) -> tuple[str, str]:
     key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise _invalid("label", "must look like key=value", text)
+    if not equals or _NAME.fullmatch(key) is None:
+        raise _invalid("label", "must look like key=value, the key as labels may be called", text)
     return key, value
 
 
@@ -72,10 +77,11 @@ def _cursor(last: JobView) -> str:
 def _position(cursor: str) -> tuple[datetime, str]:
     try:
         moment, job_id = json.loads(base64.urlsafe_b64decode(cursor.encode()))
-        at = datetime.fromisoformat(moment)
-    except (binascii.Error, ValueError, TypeError) as error:
+        given = datetime.fromisoformat(moment)
+        at = given.astimezone(UTC)
+    except (binascii.Error, ValueError, TypeError, OverflowError, RecursionError) as error:
         raise _invalid("cursor", "must be the next_cursor of an earlier page", cursor) from error
-    if at.tzinfo is None or not isinstance(job_id, str):
+    if given.tzinfo is None or not isinstance(job_id, str) or not is_text(job_id):
         raise _invalid("cursor", "must be the next_cursor of an earlier page", cursor)
     return at, job_id
 

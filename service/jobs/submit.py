@@ -49,7 +49,7 @@ async def submit(
         InvalidSpecError: with the mistakes of all documents.
         KeyReusedError: the key came with other documents before.
     """
-    specs = parsed(documents)
+    specs = await asyncio.to_thread(parsed, documents)  # a second for the worst that a body can hold
     faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
     ids = [new_job_id() for _ in specs]
     if key is not None:

@@ -38,7 +38,7 @@ async def validate(
     References to jobs are checked as at submit; those to names of the same request stay names. No
     transaction is open while files and networks are counted. Raises InvalidSpecError as `submit` does.
     """
-    specs = parsed(documents)
+    specs = await asyncio.to_thread(parsed, documents)
     faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
     ids = [new_job_id() for _ in specs]
     async with sessions.begin() as session:

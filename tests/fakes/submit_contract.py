@@ -1,6 +1,8 @@
 """What submitting and listing must do on every database."""
 
 import asyncio
+import base64
+import json
 from datetime import timedelta
 
 import pytest
@@ -123,6 +125,11 @@ def _fail(_: object) -> None:
     raise RuntimeError("the disk is full")
 
 
+def cursor(moment: str, job_id: str) -> str:
+    """As a page gives it."""
+    return base64.urlsafe_b64encode(json.dumps([moment, job_id]).encode()).decode()
+
+
 class ListContract:
     async def test_list__pages_are_complete_while_jobs_come_in(self, world: World) -> None:
         made = [job["id"] for job in await world.submit(*(world.tokenizer(f"t{n}") for n in range(7)))]
@@ -173,6 +180,29 @@ class ListContract:
         page = (await world.client.get(f"/v1/jobs?{query}")).json()
         found = [job["name"] for job in page["jobs"] if not (query == "q=C" and job["name"] != "c")]
         assert found == names
+
+    @pytest.mark.parametrize(
+        ("query", "path"),
+        [
+            ({"label": 'a"b=c'}, "label"),
+            ({"label": "=c"}, "label"),
+            ({"label": "a"}, "label"),
+            ({"label": "$[0]=c"}, "label"),
+            ({"cursor": cursor("0001-01-01T00:00:00+14:00", "a")}, "cursor"),
+            ({"cursor": cursor("9999-12-31T23:59:59-14:00", "a")}, "cursor"),
+            ({"cursor": cursor("2026-01-01T00:00:00", "a")}, "cursor"),
+            ({"cursor": cursor("2026-01-01T00:00:00+00:00", "\x00")}, "cursor"),
+            ({"cursor": cursor("2026-01-01T00:00:00+00:00", "\ud800")}, "cursor"),
+            ({"cursor": "W1tbW1tbW1tbW1tbW1tb"}, "cursor"),
+        ],
+    )
+    async def test_list__what_no_database_can_look_for_is_refused(
+        self, world: World, query: dict[str, str], path: str
+    ) -> None:
+        await world.submit(world.tokenizer("a", labels={"a": "c"}))
+        answer = await world.client.get("/v1/jobs", params=query)
+        assert answer.status_code == 422, answer.text
+        assert [error["path"] for error in answer.json()["errors"]] == [path]
 
     async def test_list__part_of_a_name_is_found_as_python_finds_it(self, world: World) -> None:
         names = ["zzy-y_z", "Z-z.Z", "y", "VIT_small-3", "vit", "v.tsmall"]

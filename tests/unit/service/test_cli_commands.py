@@ -4,27 +4,23 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-from service import client as client_module
 from service.cli.main import app
-from service.client import Client
 from service.contracts.estimates import Estimate
 from service.contracts.jobs import EventView, FileEntry, JobPage, JobState, LogLine, MetricPoint, Validation
 from service.contracts.problems import FieldProblem
 from service.contracts.recipes import RecipeSummary, known_recipes
-from tests.fakes.scripted import CREATED, JOB_ID, Clock, Server, job, ok, problem
+from tests.fakes.scripted import CREATED, JOB_ID, Server, job, ok, problem
+from tests.unit.service.conftest import Run
 
 URL = "http://service:1"
 SPEC = "kind: tokenizer\nname: street\ndata: {uri: photos}\ntraining: {epochs: 3}\n"
-Run = Callable[..., Result]
 
 
 @pytest.fixture(autouse=True)
@@ -33,29 +29,6 @@ def _nothing_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("CIM_URL", "CIM_DATA_DIR"):
         monkeypatch.delenv(name, raising=False)
-
-
-@pytest.fixture
-def addresses(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Every address that a command connected to."""
-    return []
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, addresses: list[str]) -> Run:
-    """Run `cim ARGUMENTS` against a scripted server."""
-
-    def invoke(server: Server | None, *arguments: str, stdin: str | None = None) -> Result:
-        def connected(url: str, **options: Any) -> Client:
-            addresses.append(url)
-            transport = httpx.MockTransport(server or Server(httpx.Response(500)))
-            return Client(url, backoff=Clock().backoff(), transport=transport, **options)
-
-        monkeypatch.setattr(client_module, "Client", connected)
-        monkeypatch.setattr("service.cli.watch.POLL_S", 0.0)
-        return CliRunner().invoke(app, list(arguments), input=stdin, catch_exceptions=False)
-
-    return invoke
 
 
 def spec_file(tmp_path: Path) -> str:

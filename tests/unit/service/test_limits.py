@@ -6,10 +6,11 @@ from typing import Any
 import httpx
 import pytest
 
-from service.api.limits import MAX_ADDRESS_BYTES, MAX_HEADER_BYTES, MAX_HEADERS
+from service.api.limits import MAX_ADDRESS_BYTES, MAX_HEADER_BYTES, MAX_HEADERS, MAX_REPORT_BYTES
 from service.contracts.parsing import parse_all
 from service.contracts.problems import Problem
 from service.contracts.specs import MOST_LABELS
+from service.contracts.work import MOST_POINTS
 from service.errors import InvalidSpecError
 from tests.fakes.work_contract import running, success
 from tests.fakes.world import World
@@ -44,6 +45,24 @@ async def test_headers__are_counted(world: World, num: int, size: int, status: i
 )
 async def test_address__is_measured(world: World, address: str) -> None:
     assert str(MAX_ADDRESS_BYTES) in problem(await world.client.get(address), 414).detail
+
+
+@pytest.mark.parametrize("num_bytes", [MAX_REPORT_BYTES + 1, 16 << 20])
+async def test_report__of_megabytes_is_refused_before_it_is_read(world: World, num_bytes: int) -> None:
+    job_id = await running(world)
+    other = await running(world)
+    answer = await world.report(job_id, 1, plan={"padding": "x" * num_bytes})
+    assert str(MAX_REPORT_BYTES) in problem(answer, 413).detail
+    assert (await world.report(other, 1, step=7)).status_code == 200
+    assert (await world.report(job_id, 1, step=8)).status_code == 200
+
+
+async def test_report__holds_so_many_points_and_no_more(world: World) -> None:
+    job_id = await running(world)
+    points = [{"step": n, "key": "k", "value": 1.0} for n in range(MOST_POINTS + 1)]
+    assert (await world.report(job_id, 1, metrics=points[1:])).status_code == 200
+    answer = await world.report(job_id, 1, metrics=points)
+    assert [error.path for error in problem(answer, 422).errors] == ["metrics"]
 
 
 @pytest.mark.parametrize("depth", [33, 500, 100_000])

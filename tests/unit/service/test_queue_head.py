@@ -84,6 +84,26 @@ async def test_rest__is_not_kept_waiting_by_a_head_that_cannot_start(plane: Cont
     assert await started(plane, reconciler, [other]) == [other]
 
 
+async def test_head__jobs_that_no_cluster_could_hold_keep_nobody_waiting(plane: ControlPlane) -> None:
+    most = {"workers": 1024, "gpus_per_worker": 1, "cpus_per_worker": 256}
+    impossible = [
+        await plane.submit(f"impossible-{n}", priority=100, resolved={"resources": most}) for n in range(10)
+    ]
+    healthy = await plane.submit("healthy", priority=0)
+    reconciler = plane.reconciler()
+    assert await started(plane, reconciler, [healthy, *impossible]) == [healthy]
+    assert (await plane.job(impossible[0])).reason == (
+        "waiting: the cluster is too small, it needs 262144 CPUs and there are 1 and it needs 1024 GPUs and "
+        "there are 0"
+    )
+    await plane.report(healthy, 1)
+    await plane.finish(healthy, 1)
+    other = await plane.submit("other", priority=0)
+    # The head holds three; the others are looked at with the whole queue.
+    plane.advance(module._WHOLE_QUEUE_EVERY_S)
+    assert await started(plane, reconciler, [other]) == [other]
+
+
 async def test_whole_queue__the_longer_a_look_takes_the_rarer_it_is(
     plane: ControlPlane, monkeypatch: pytest.MonkeyPatch
 ) -> None:

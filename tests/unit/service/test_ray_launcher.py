@@ -1,5 +1,6 @@
 """Ray's odd answers; a real head is asked in the integration tier."""
 
+import asyncio
 import json
 import subprocess
 import tracemalloc
@@ -8,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 import httpx
 import pytest
 
+from service.dispatch import ray_launcher
 from service.dispatch.launcher import LauncherUnavailableError, Submission
 from service.dispatch.ray_launcher import RayLauncher
 from service.domain.decide import ClusterState
@@ -153,6 +155,30 @@ async def test_log_tail__of_a_flood_is_short_and_takes_little_memory() -> None:
     assert tail[0].startswith("[cut] xxx")
     assert sum(map(len, tail)) <= 2**16 + len("[cut] ")
     assert peak < 8 * 2**20
+
+
+async def test_log_tail__of_gigabytes_or_of_a_line_without_end_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken = 0
+
+    async def endless() -> AsyncIterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 2**20
+            yield b"x" * 2**20
+
+    async def silent() -> AsyncIterator[bytes]:
+        yield b"one"
+        await asyncio.Event().wait()
+
+    tail = await ray(answers_log(httpx.Response(200, content=endless()))).log_tail("cim-a-1", max_lines=3)
+    assert tail[0].startswith("[cut] xxx")
+    assert taken < 2**29
+    monkeypatch.setattr(ray_launcher, "_TAIL_LIMIT_S", 0.05)
+    assert await ray(answers_log(httpx.Response(200, content=silent()))).log_tail("cim-a-1", max_lines=3) == [
+        "one"
+    ]
 
 
 @pytest.mark.parametrize("status", [404, 429, 500, 503])
