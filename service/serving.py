@@ -85,6 +85,7 @@ async def _tell_standstills(
 ) -> None:
     told = False
     while not stop.is_set():
+        await pause(stop, timeout_s=_LOOK_EVERY_S)
         try:
             async with sessions.begin() as session:
                 await only_reads(session)
@@ -97,7 +98,6 @@ async def _tell_standstills(
             if standing is None and told:
                 tell("dispatching goes on")
             told = standing is not None
-        await pause(stop, timeout_s=_LOOK_EVERY_S)
 
 
 async def serve_api(settings: Settings) -> None:

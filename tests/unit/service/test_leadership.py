@@ -1,6 +1,7 @@
 """Two dispatchers in one process, on one real database."""
 
 import asyncio
+import itertools
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -18,7 +19,7 @@ from service.db.engine import Sessions
 from service.db.leases import GuardedSessions, Lease, LeaseLostError
 from service.db.tables import LeaseRow
 from service.dispatch.leadership import Leadership, Pulse, replica_name
-from service.dispatch.loop import repeat
+from service.dispatch.loop import failure_text, repeat
 from tests.fakes.world import World
 
 NAME = "reconcile"
@@ -233,3 +234,65 @@ async def test_database_away__is_waited_for_and_told_once(
     assert away.left == 0
     told = [record.getMessage() for record in caplog.records]
     assert sum("cannot be asked" in text for text in told) == 1
+
+
+async def lease_of(world: World) -> LeaseRow:
+    async with world.sessions.begin() as session:
+        found = await leases.look(session, NAME)
+    assert found is not None
+    return found[0]
+
+
+async def test_pulse__is_written_into_the_lease_at_once_when_it_changes(world: World) -> None:
+    results: list[Exception | None] = [None, RuntimeError("a bug"), None]
+    seen: list[str] = []
+    stop = asyncio.Event()
+
+    async def work(_lease: Lease, pulse: Pulse, over: asyncio.Event) -> None:
+        async def one_pass() -> None:
+            if not results:
+                stop.set()
+                return
+            if (error := results.pop(0)) is not None:
+                raise error
+
+        await repeat(one_pass, every_s=0.2, pulse=pulse, stop=over)
+
+    # A renewal is due after a quarter of the lease: what is seen before was written for its own sake.
+    leadership = Leadership(world.sessions, owner="one", lease_s=3600, stop=stop)
+    leading = asyncio.create_task(leadership.lead(NAME, work))
+    async with asyncio.timeout(PATIENCE_S):
+        while not leading.done():
+            with suppress(AssertionError):
+                seen.append((await lease_of(world)).doing)
+            await asyncio.sleep(0.01)
+    await leading
+    assert [text for text, _ in itertools.groupby(seen)] == ["", "a pass failed: RuntimeError: a bug", ""]
+
+
+def test_pulse__says_what_failed_before_what_is_done() -> None:
+    times = iter([10.0, 17.0])
+    pulse = Pulse(monotonic=lambda: next(times))
+    assert (pulse.passed_s_ago, pulse.text) == (None, "")
+    pulse.tell("reading the jobs")
+    assert pulse.text == "reading the jobs"
+    pulse.failed("a pass failed: ValueError: no")
+    pulse.tell("reading the jobs")
+    assert pulse.text == "a pass failed: ValueError: no"
+    pulse.ended()
+    assert (pulse.passed_s_ago, pulse.text) == (7.0, "")
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (PoolTimeoutError("none is free"), "the database is too busy: none is free"),
+        (
+            OperationalError("", {}, OSError("refused")),
+            "the database does not answer: (builtins.OSError) refused",
+        ),
+        (ValueError("s3://AKIAIOSFODNN7EXAMPLE:a@b/c"), "a pass failed: ValueError: s3://***@b/c"),
+    ],
+)
+def test_failure_text__says_whose_fault_it_is(error: Exception, text: str) -> None:
+    assert failure_text(error) == text
