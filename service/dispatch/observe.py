@@ -257,7 +257,9 @@ def _observed(
 ) -> Observed:
     for name in _NUMBERS:
         _whole(name, getattr(row, name))
-    attempt = attempts[-1] if attempts else None
+    attempt = next((one for one in attempts if one.number == row.attempt), None)
+    if row.attempt and attempt is None:  # it could never be lost, and would hold its place for ever
+        raise LookupError(f"attempt {row.attempt} has no row")
     job = JobSeen(
         id=row.id,
         state=row.state,

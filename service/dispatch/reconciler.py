@@ -11,7 +11,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import assert_never
@@ -126,9 +126,13 @@ class Reconciler:
         self._unreadable = (self._unreadable & resting) | found.unreadable.keys()
         turns = [observed for observed in jobs if observed.job.id not in resting]
         self._on_doing("asking Ray about its jobs and nodes")
-        sights = await self._look(turns)
+        sights = await self._look(jobs, resting)
         now = self._clock()
-        await self._serve(turns, sights, await self._admissions(turns, jobs, sights, now=now), now=now)
+        # One whose turns come to nothing holds no place once Ray surely runs nothing of it.
+        holding = [o for o in jobs if o.job.state in HOLDS_WORKERS]
+        holding = [o for o in holding if o.job.id not in resting or not sights[o.job.id].gone]
+        admissions = await self._admissions(turns, holding, sights, now=now)
+        await self._serve(turns, sights, admissions, now=now)
         self._on_doing("ending what earlier attempts left in the cluster")
         await self._clear_up()
         await self._troubles.end()
@@ -173,17 +177,21 @@ class Reconciler:
                 async with self._troubles.turn(one[0].id):
                     await record.reasons(self._guarded, [one], now=now)
 
-    async def _look(self, turns: Sequence[Observed]) -> dict[str, Sight]:
+    async def _look(self, jobs: Sequence[Observed], resting: Collection[str]) -> dict[str, Sight]:
         """What the cluster says about the latest attempt of each job."""
-        sights = {observed.job.id: Sight() for observed in turns}
+        sights = {observed.job.id: Sight() for observed in jobs}
         # A queued one may have an earlier attempt that still ends: its user resumed or retried it.
-        shown = (o for o in turns if o.job.attempt > 0 and o.job.state is not JobState.PAUSED)
+        shown = (o for o in jobs if o.job.attempt > 0 and o.job.state is not JobState.PAUSED)
 
         async def look() -> None:
             for observed in shown:  # each takes the next one
-                sights[observed.job.id] = Sight(known=False)
-                async with self._troubles.turn(observed.job.id):
-                    sights[observed.job.id] = await self._sight(observed.submission_id)
+                job_id = observed.job.id
+                sights[job_id] = Sight(known=False)
+                try:
+                    sights[job_id] = await self._sight(observed.submission_id)
+                except Exception as error:  # such as an id that is no part of an address
+                    if job_id not in resting:
+                        await self._troubles.note(job_id, error)
 
         await asyncio.gather(*(look() for _ in range(_ASKED_AT_ONCE)))
         return sights
@@ -203,12 +211,12 @@ class Reconciler:
     async def _admissions(
         self,
         turns: Iterable[Observed],
-        jobs: Iterable[Observed],
+        holding: Iterable[Observed],
         sights: Mapping[str, Sight],
         *,
         now: datetime,
     ) -> Mapping[str, str | None]:
-        """Which of the ready jobs may start; the others with the reason why they wait."""
+        """Which of the ready jobs may start beside those that hold places; the others with why they wait."""
         waiting = [observed for observed in turns if ready(observed.job, sights[observed.job.id], now=now)]
         if not waiting:
             return {}
@@ -217,7 +225,7 @@ class Reconciler:
         except LauncherUnavailableError as error:
             self._complain(error)
             return {observed.job.id: f"waiting: {error}" for observed in waiting}
-        active = [observed.job.needs for observed in jobs if observed.job.state in HOLDS_WORKERS]
+        active = [observed.job.needs for observed in holding]
         load = Load(
             capacity=capacity,
             in_use=sum(active, Needs()),

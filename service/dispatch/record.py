@@ -11,7 +11,7 @@ from sqlalchemy import select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from service.contracts.jobs import FINAL, Desired, FailureKind, JobState
-from service.db import moves, queries
+from service.db import moves
 from service.db.leases import GuardedSessions
 from service.db.tables import AttemptRow, JobRow
 from service.dispatch.observe import Observed
@@ -134,9 +134,13 @@ async def lost(
         values["not_before"] = now + timedelta(seconds=verdict.delay_s)
     async with sessions.begin() as session:
         # Reports lock the job's row too, so none comes in between.
-        await queries.job(session, observed.job.id, lock=True)
-        attempt = await queries.attempt(session, observed.job.id, observed.job.attempt, fresh=True)
-        if attempt is None or attempt.last_report_at != observed.job.reported_at:
+        await session.execute(select(JobRow.id).where(JobRow.id == observed.job.id).with_for_update())
+        reported_at = await session.scalar(
+            select(AttemptRow.last_report_at).where(
+                AttemptRow.job_id == observed.job.id, AttemptRow.number == observed.job.attempt
+            )
+        )
+        if reported_at != observed.job.reported_at:
             return False
         moved = await moves.move(
             session,

@@ -31,6 +31,7 @@ def collect(stack: Stack, *, left: Sequence[str]) -> History:
         calls=history.calls(facts),
         sightings=history.sightings(facts),
         effects=history.effects(facts),
+        poisonings=history.poisonings(facts),
         jobs=_jobs(stack),
         runs=_runs(stack.mlflow_url),
         left=left,

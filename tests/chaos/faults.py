@@ -10,6 +10,7 @@ from typing import Protocol
 import psutil
 import psycopg
 
+from tests.chaos.poisoning import PoisonRows
 from tests.chaos.proxy import Answer, Delay, Freeze, LoseReplies, Mode, Pass, Refuse, Trip
 from tests.chaos.stack import APIS, DISPATCHERS, HEAD, Stack
 
@@ -275,6 +276,7 @@ CATALOGUE: Mapping[str, Callable[[], Fault]] = {
     "database-lost-replies": _line(*_DATABASE, mode=LoseReplies(share=0.05)),
     "database-restart": RestartDatabase,
     "database-exhausted": ExhaustDatabase,
+    "poisonous-rows": PoisonRows,
     "store-refused": _line("store", mode=Refuse()),
     "store-frozen": _line("store", mode=Freeze()),
     "store-slow": _line("store", mode=Delay(seconds=0.2)),

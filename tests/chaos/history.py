@@ -95,6 +95,16 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Poisoning:
+    """Rows that make no sense at the head of the queue, and a healthy job that was submitted behind them."""
+
+    job: str
+    launched: bool  # while they were there
+    waited_s: float
+    reason: str  # that it gave for it
+
+
+@dataclass(frozen=True, kw_only=True)
 class Run:
     """What the tracker shows of a job."""
 
@@ -113,6 +123,7 @@ class History:
     jobs: Mapping[str, Job] = field(default_factory=dict)
     runs: Sequence[Run] | None = None  # None: nothing was recorded in a tracker
     left: Sequence[str] = ()  # processes that still ran when all was over
+    poisonings: Sequence[Poisoning] = ()
 
 
 def calls(facts: Iterable[Fact]) -> list[Call]:
@@ -165,3 +176,17 @@ def _effect(fact: Mapping[str, Any]) -> Effect:
         line=fact.get("line", ""),
         dead=tuple(fact.get("dead", ())),
     )
+
+
+def poisonings(facts: Iterable[Fact]) -> list[Poisoning]:
+    """Every time that rows were poisoned."""
+    return [
+        Poisoning(
+            job=fact["job"],
+            launched=fact["launched"],
+            waited_s=fact["waited_s"],
+            reason=fact["reason"],
+        )
+        for fact in facts
+        if fact["kind"] == "poisoned"
+    ]

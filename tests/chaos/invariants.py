@@ -225,6 +225,13 @@ def nothing_is_left(history: History) -> Found:
         yield process, "still runs"
 
 
+def healthy_jobs_do_not_wait(history: History) -> Found:
+    """No job waits for another one's fault: one behind poisonous rows is launched while they are there."""
+    for poisoning in history.poisonings:
+        if not poisoning.launched:
+            yield poisoning.job, f"waited for {poisoning.waited_s:.0f} s behind poison: {poisoning.reason}"
+
+
 def the_tracker_agrees(history: History) -> Found:
     """One run for each job that ever started, closed, with every point once."""
     if history.runs is None:
@@ -265,6 +272,7 @@ RULES: Sequence[Rule] = (
     logs_are_complete,
     manifests_are_true,
     nothing_is_left,
+    healthy_jobs_do_not_wait,
     the_tracker_agrees,
 )
 

@@ -106,7 +106,7 @@ def _tokenizer(random: Random, name: str) -> Document:
         "kind": "tokenizer",
         "name": name,
         "data": {"uri": "s3://photos/all/"},
-        "training": _training(random),
+        "training": training(random),
         "retries": {"max_attempts": FEW_ATTEMPTS if random.random() < _SHARE_OF_FEW else ATTEMPTS},
         "priority": random.randint(40, 60),
     }
@@ -121,7 +121,8 @@ def _pretrain(random: Random, name: str, *, needs: str) -> Document:
     return {**_tokenizer(random, name), "kind": "pretrain", "model": model}
 
 
-def _training(random: Random) -> Document:
+def training(random: Random) -> Document:
+    """A training of some seconds."""
     every = random.choice((7, 12, 25))
     return {
         "steps": random.randint(40, 150),

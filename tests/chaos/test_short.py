@@ -20,6 +20,7 @@ FAULTS = (
     "step-after-submit",
     "database-restart",
     "database-lost-replies",
+    "poisonous-rows",
     "store-503",
     "mlflow-refused",
     "api-lost-replies",
@@ -28,7 +29,7 @@ FAULTS = (
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_campaign__thirteen_faults_break_no_rule(tmp_path: Path) -> None:
+def test_campaign__fourteen_faults_break_no_rule(tmp_path: Path) -> None:
     options = Options(seed=SEED, minutes=1.0, jobs=16, faults=FAULTS, calm_s=2.0)
     result = run(options, tmp_path, console=Console(force_terminal=False))
     show(result, console=Console(force_terminal=False))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.chaos import curve
-from tests.chaos.history import Call, Effect, Event, File, History, Job, Run, Sighting
+from tests.chaos.history import Call, Effect, Event, File, History, Job, Poisoning, Run, Sighting
 from tests.chaos.invariants import RULES, check
 from tests.unit.chaos import test_log_rules as logs
 from tests.unit.chaos import test_wish_rules as wishes
@@ -208,6 +208,11 @@ BROKEN: list[tuple[str, Change, str]] = [
         "lost.bin",
     ),
     ("nothing_is_left", more(left=["123: worker"]), "still runs"),
+    (
+        "healthy_jobs_do_not_wait",
+        more(poisonings=[Poisoning(job="j1", launched=False, waited_s=41.2, reason="its turn")]),
+        "waited for 41 s behind poison: its turn",
+    ),
     ("the_tracker_agrees", lambda h: replace(h, runs=()), "has 0 runs"),
     ("the_tracker_agrees", lambda h: replace(h, runs=(*(h.runs or ()), *(h.runs or ()))), "has 2 runs"),
     (
