@@ -19,6 +19,7 @@ Scalar = bool | int | float | str
 Method = Literal["cim", "beit", "simmim", "mae"]  # of pre-training: CIM, or a peer to measure it by
 Quantiser = Literal["vq", "relaxed"]
 DALL_E = "dall-e"  # the official tokenizer, as a source
+MOST_STEPS = 10**12  # of a training; at a thousand a second they take 30 years
 # Of a training, free to differ between a run and its continuation: none of it moves a weight.
 FREE_ON_RESUME = frozenset(
     {"log_every", "checkpoint_every", "sample_every", "loader_workers", "async_checkpoints"}

@@ -1,12 +1,13 @@
 """What one attempt is: its settings and assignment, and the work that every rank receives."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import TypeAdapter
 
-from cim_core.durations import Plan
+from cim_core.durations import Every, Plan
 from service.contracts.allowed import Allowed
 from service.contracts.jobs import FileEntry
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
@@ -94,8 +95,22 @@ class Work:
 
 
 def plan_document(resolved: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(resolved).items()}
+    """The plan as a handful of plain values; periods are exact, in steps, such as "1000/3".
+
+    It goes into the job's row with a report, so its size must not depend on the length of the training.
+    """
+    return {
+        "total_steps": resolved.total_steps,
+        "warmup_steps": resolved.warmup_steps,
+        "checkpoint_period": _period(resolved.checkpoint_steps),
+        "sample_period": _period(resolved.sample_steps),
+        "batch_size": resolved.batch_size,
+        "num_images": resolved.num_images,
+    }
+
+
+def _period(steps: Container[int]) -> str | None:
+    return str(steps.period) if isinstance(steps, Every) else None
 
 
 @dataclass(frozen=True, kw_only=True)
