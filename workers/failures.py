@@ -15,6 +15,7 @@ from ray.train import ControllerError, PreemptionError, WorkerGroupError
 from cim_core.errors import CheckpointMismatchError, ConfigError, DataError, ModelError, NonFiniteError
 from service.client.errors import BrokenManifestError, StaleAttempt
 from service.contracts.jobs import FailureKind
+from service.contracts.printable import printable
 from service.contracts.work import Failure
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from workers.downloads import SourceAwayError
@@ -95,7 +96,7 @@ def classify(error: BaseException, *, store_url: str, secrets: Iterable[str] = (
     """
     found = [_classify_one(cause, store_url=store_url) for cause in causes(error)]
     first = min(found, key=lambda item: _TELLING.index(item[0]))
-    return Failure(kind=first[0], message=blotted(first[1], secrets)[:MAX_MESSAGE])
+    return Failure(kind=first[0], message=printable(blotted(first[1], secrets))[:MAX_MESSAGE])
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:

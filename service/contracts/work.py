@@ -6,7 +6,7 @@ from pydantic import Field
 
 from service.contracts.allowed import ANYWHERE
 from service.contracts.base import Stored
-from service.contracts.jobs import Count, FailureKind, FileEntry, MetricPoint, Progress
+from service.contracts.jobs import Count, FailureKind, FileEntry, MetricPoint, Progress, Told
 
 Plain = bool | int | float | str | None
 
@@ -68,7 +68,7 @@ class Failure(Stored):
     """Why an attempt failed."""
 
     kind: FailureKind
-    message: str = Field(max_length=8000)
+    message: Told = Field(max_length=8000)
 
 
 class Finish(Stored):
@@ -80,4 +80,4 @@ class Finish(Stored):
     failure: Failure | None = None
     metrics: dict[str, float] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
-    warnings: list[Annotated[str, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)
+    warnings: list[Annotated[Told, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)
