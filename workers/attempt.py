@@ -1,23 +1,27 @@
 """What one attempt is: its settings and assignment, and the work that every rank receives."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import TypeAdapter
+from pydantic import ValidationError
 
 from cim_core.durations import Every, Plan
 from service.contracts.allowed import Allowed
 from service.contracts.jobs import FileEntry
-from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
+from service.contracts.lessons import problems_of, unknown_kind
+from service.contracts.problems import FieldProblem
+from service.contracts.spec_keys import MODELS
+from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from service.contracts.work import Assignment
 from workers.cache import Cache
+from workers.failures import SpecError
 from workers.settings import WorkerSettings
 from workers.spool import LOGS
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
-_SPECS: TypeAdapter[AnySpec] = TypeAdapter(Spec)
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,11 @@ class Attempt:
         """The attempt of an assignment, its resolved spec parsed.
 
         The service keeps more beside the spec, such as an earlier attempt's plan; that is left out.
+        Raises `SpecError` where the spec breaks a rule.
         """
         known = {name for kind in get_args(AnySpec) for name in kind.model_fields}
         spec = {key: value for key, value in assignment.spec.items() if key in known}
-        return cls(settings=settings, assignment=assignment, spec=_SPECS.validate_python(spec))
+        return cls(settings=settings, assignment=assignment, spec=_parsed(spec))
 
     @property
     def cache(self) -> Path:
@@ -92,6 +97,26 @@ class Work:
     plan: Plan | None  # None: nothing is trained
     tokenizer: str | None = None  # of source dall-e: key prefix of its folder in the object store
     files: list[FileEntry] = field(default_factory=list)  # stored so far
+
+
+def _parsed(spec: Mapping[str, Any]) -> AnySpec:
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise _refused([unknown_kind(spec)])
+    try:
+        return MODELS[kind].model_validate(spec)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise _refused([p for detail in details for p in problems_of(detail, spec, kind=kind)]) from None
+
+
+def _refused(problems: Sequence[FieldProblem]) -> SpecError:
+    lines = [f"{problem.path or 'spec'}: {problem.message}" for problem in problems[:_MOST_PROBLEMS]]
+    told = (
+        "the workers do not take this spec. Correct it and submit the spec again; where nothing is wrong "
+        "with it, service and workers are of different versions:"
+    )
+    return SpecError("\n".join([told, *lines]))
 
 
 def plan_document(resolved: Plan) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import errno
 import pickle
+from collections.abc import Callable
 
 import pytest
 import ray.exceptions
@@ -62,6 +63,26 @@ def group(*errors: Exception) -> WorkerGroupError:
 def test_classify__kind_and_sentence(error: Exception, kind: FailureKind, words: str) -> None:
     failure = classify(error, store_url=URL)
     assert failure.kind is kind
+    assert words in failure.message
+
+
+def raised_by(action: Callable[[], object]) -> Exception:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (lambda: torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1)), "Raise training.batch_size"),
+        (lambda: torch.empty(2**60), "lower training.batch_size, model.image_size"),
+    ],
+    ids=["batch norm of one value", "more memory than there is"],
+)
+def test_classify__what_torch_says_of_a_users_numbers(action: Callable[[], object], words: str) -> None:
+    failure = classify(group(raised_by(action)), store_url=URL)
+    assert failure.kind is FailureKind.USER
     assert words in failure.message
 
 
