@@ -138,10 +138,16 @@ def _classify_one(error: BaseException, *, store_url: str) -> tuple[FailureKind,
     if isinstance(error, AttemptFailedError):
         return error.kind, error.message
     if isinstance(error, USER_ERRORS):
-        return FailureKind.USER, str(error)
+        return FailureKind.USER, _sentence(error)
     if lesson := _lesson_of(error):
         return FailureKind.USER, lesson
     return _classify_outside(error, store_url=store_url)
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error of ours says; before that of a loader's process, torch puts its traceback."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).partition(f"\n{name}")[2].strip() or str(error)
 
 
 def _lesson_of(error: BaseException) -> str:

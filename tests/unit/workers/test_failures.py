@@ -6,6 +6,7 @@ import pytest
 import ray.exceptions
 import torch
 from ray.train import ControllerError, WorkerGroupError
+from torch._utils import ExceptionWrapper
 
 from cim_core.errors import ConfigError, DataError, NonFiniteError
 from service.client.errors import ApiError, StaleAttempt, api_error
@@ -84,6 +85,19 @@ def test_classify__what_torch_says_of_a_users_numbers(action: Callable[[], objec
     failure = classify(group(raised_by(action)), store_url=URL)
     assert failure.kind is FailureKind.USER
     assert words in failure.message
+
+
+def test_classify__a_loaders_process_says_one_sentence_and_no_traceback() -> None:
+    def fail() -> None:
+        try:
+            raise DataError("a.png cannot be read: Error: gone; put it back")
+        except DataError:
+            carried = ExceptionWrapper(where="in a process")  # type: ignore[no-untyped-call]
+        carried.reraise()  # type: ignore[no-untyped-call]
+
+    failure = classify(raised_by(fail), store_url=URL)
+    assert failure.kind is FailureKind.USER
+    assert failure.message == "a.png cannot be read: Error: gone; put it back"
 
 
 def test_classify__a_killed_rank_is_infrastructure() -> None:
