@@ -75,9 +75,7 @@ def plan(training: TrainingConfig, *, num_images: int) -> Plan:
             f"training.batch_size is {training.batch_size}, but the data holds only {num_images} usable"
             f" images; lower training.batch_size to at most {num_images} or add images"
         )
-    total = steps_of(training.length, batch_size=training.batch_size, num_images=num_images)
-    if total > MOST_STEPS:
-        raise _too_long(training, total)
+    total = total_steps(training, num_images=num_images)
     return Plan(
         total_steps=total,
         warmup_steps=_warmup_steps(training, total, num_images),
@@ -86,6 +84,16 @@ def plan(training: TrainingConfig, *, num_images: int) -> Plan:
         batch_size=training.batch_size,
         num_images=num_images,
     )
+
+
+def total_steps(training: TrainingConfig, *, num_images: int) -> int:
+    """The length of `training`. Raises ConfigError where that is more than `MOST_STEPS`."""
+    if training.epochs is not None and not math.isfinite(training.epochs):
+        raise _too_long(training, training.epochs)
+    total = steps_of(training.length, batch_size=training.batch_size, num_images=num_images)
+    if total > MOST_STEPS:
+        raise _too_long(training, total)
+    return total
 
 
 def steps_of(duration: Duration, *, batch_size: int, num_images: int) -> int:
@@ -124,7 +132,7 @@ def _every(period: Duration, training: TrainingConfig, total: int, num_images: i
     return Every(period=steps, total_steps=total)
 
 
-def _too_long(training: TrainingConfig, total: int) -> ConfigError:
+def _too_long(training: TrainingConfig, total: float) -> ConfigError:
     given = vars(training.length)
     key = next(name for name in given if given[name] is not None)
     rule = (

@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from cim_core.config import EnhancerConfig, GeneratorConfig, ModelConfig, TrainingConfig
+from cim_core.durations import total_steps
+from cim_core.errors import ConfigError
 from service.contracts.addresses import AnySpec, secrets_in
 from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width, nearest_enhancers
 from service.contracts.problems import FieldProblem
@@ -38,6 +40,10 @@ def _training(training: TrainingConfig, resources: Resources) -> Iterator[FieldP
         up = -(-training.batch_size // portions) * portions
         told = f"{rule}, got {training.batch_size}; for example {up}"
         yield _problem("training.batch_size", told, training.batch_size)
+    try:
+        total_steps(training, num_images=training.batch_size)  # the data holds a batch at least
+    except ConfigError as error:
+        yield from (FieldProblem(path=path, message=rule) for path, rule in error.problems)
     for name in ("steps", "epochs", "images"):
         total = getattr(training, name)
         warmup = training.warmup and getattr(training.warmup, name)
