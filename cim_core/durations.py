@@ -5,24 +5,55 @@ Lengths given in epochs or images are rounded up to whole steps, so a run never 
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from cim_core.config import Duration, TrainingConfig
 from cim_core.errors import ConfigError, DataError
+from cim_core.limits import MOST_STEPS
 
 WARMUP_SHARE = Fraction(1, 30)  # METHOD.md section 3: 10 of 300 epochs
 SAMPLE_SHARE = Fraction(1, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
+class Every:
+    """The first step at or after each multiple of `period`, and the last step; asked with `in`.
+
+    Rounding each multiple and not the period keeps "every epoch" at the epochs' ends for ever. The steps
+    are not listed: a training may have more of them than fit into memory.
+    """
+
+    period: Fraction  # steps, above 0; up to 1 it is each step
+    total_steps: int
+    from_start: bool = False  # step 0, before training, as well
+
+    def __contains__(self, step: object) -> bool:
+        if not isinstance(step, int) or not 0 < step < self.total_steps:
+            return step == self.total_steps or (self.from_start and step == 0)
+        latest_multiple = step // self.period * self.period
+        return math.ceil(latest_multiple) == step
+
+
+@dataclass(frozen=True)
+class AnyOf:
+    """The steps of each of its parts."""
+
+    parts: tuple[Container[int], ...]
+
+    def __contains__(self, step: object) -> bool:
+        return any(step in part for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The whole course of a training in steps; each set of steps ends with `total_steps`."""
+    """The whole course of a training in steps; `total_steps` is one of each kind of steps."""
 
     total_steps: int
     warmup_steps: int
-    checkpoint_steps: frozenset[int]  # the full state is saved after these steps
-    sample_steps: frozenset[int]  # pictures are made after these steps; holds 0, before training
+    checkpoint_steps: Container[int]  # the full state is saved after these steps
+    sample_steps: Container[int]  # pictures are made after these steps; holds 0, before training
     batch_size: int  # images a step, over all ranks and micro-batches
     num_images: int  # usable images, one epoch
 
@@ -36,20 +67,25 @@ def plan(training: TrainingConfig, *, num_images: int) -> Plan:
 
     Raises:
         DataError: the data set is smaller than one batch.
-        ConfigError: the warm-up is longer than the training.
+        ConfigError: the training has more than `MOST_STEPS`, or its warm-up is longer than it.
     """
     if training.batch_size > num_images:
         raise DataError(
             f"training.batch_size is {training.batch_size}, but the data holds only {num_images} usable"
             f" images; lower training.batch_size to at most {num_images} or add images"
         )
-    steps = exact_steps(training.length, batch_size=training.batch_size, num_images=num_images)
-    total = _whole(steps)
+    total = steps_of(training.length, batch_size=training.batch_size, num_images=num_images)
+    if total > MOST_STEPS:  # as no number of steps or images can be
+        rule = (
+            f"must be at most {MOST_STEPS:,} steps, got {training.epochs:g} epochs of {num_images:,} images, "
+            f"which are {total:,}; lower training.epochs"
+        )
+        raise ConfigError([("training.epochs", rule)])
     return Plan(
         total_steps=total,
         warmup_steps=_warmup_steps(training, total, num_images),
         checkpoint_steps=_every(training.checkpoint_every or Duration(epochs=1), training, total, num_images),
-        sample_steps=_sample_steps(training, total, num_images) | {0},
+        sample_steps=replace(_sample_steps(training, total, num_images), from_start=True),
         batch_size=training.batch_size,
         num_images=num_images,
     )
@@ -80,25 +116,15 @@ def _warmup_steps(training: TrainingConfig, total: int, num_images: int) -> int:
     return warmup
 
 
-def _sample_steps(training: TrainingConfig, total: int, num_images: int) -> frozenset[int]:
+def _sample_steps(training: TrainingConfig, total: int, num_images: int) -> Every:
     if training.sample_every is not None:
         return _every(training.sample_every, training, total, num_images)
-    return _multiples(total * SAMPLE_SHARE, total)
+    return Every(period=total * SAMPLE_SHARE, total_steps=total)
 
 
-def _every(period: Duration, training: TrainingConfig, total: int, num_images: int) -> frozenset[int]:
+def _every(period: Duration, training: TrainingConfig, total: int, num_images: int) -> Every:
     steps = exact_steps(period, batch_size=training.batch_size, num_images=num_images)
-    return _multiples(steps, total)
-
-
-def _multiples(period: Fraction, total: int) -> frozenset[int]:
-    """The first step at or after each multiple of `period`, and the last step.
-
-    Rounding each multiple and not the period keeps "every epoch" at the epochs' ends for ever.
-    """
-    period = max(period, Fraction(1))
-    count = int(total / period)
-    return frozenset(min(_whole(period * i), total) for i in range(1, count + 1)) | {total}
+    return Every(period=steps, total_steps=total)
 
 
 def _whole(steps: Fraction) -> int:

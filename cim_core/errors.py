@@ -1,5 +1,8 @@
 """The errors of the core. Each docstring says when its error happens; standard library only."""
 
+# How torch begins to say that a batch norm sees one value a channel, of which there is no deviation.
+ONE_VALUE = "Expected more than 1 value per channel when training"
+
 
 class ConfigError(ValueError):
     """A configuration breaks its own rules; `problems` holds (field, lesson) for each one."""

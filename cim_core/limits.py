@@ -6,7 +6,7 @@ with it.
 
 from cim_core.rules import Rules
 
-MOST_STEPS = 10**12  # of any length; images too
+MOST_STEPS = 10**12  # of a training, and images; at a thousand a second they take 30 years
 LEAST_EPOCHS, MOST_EPOCHS = 1e-9, 10**6
 MOST_PIXELS, MOST_CHANNELS, MOST_BLOCKS, MOST_HEADS = 8192, 16_384, 256, 1024
 MOST_IMAGES_A_STEP = 2**20

@@ -10,7 +10,7 @@ trap 'rm -rf "$folder"' EXIT
 "$uv" venv --quiet --python "$root/.venv/bin/python" "$folder/.venv"
 "$uv" pip install --quiet --python "$folder/.venv/bin/python" --constraints "$root/constraints.txt" \
     numpy pillow safetensors timm torch torchvision \
-    pytest pytest-randomly pytest-timeout pytest-xdist scikit-image scikit-learn
+    hypothesis pytest pytest-randomly pytest-timeout pytest-xdist scikit-image scikit-learn
 mkdir -p "$folder/tests/unit" "$folder/examples"
 cp -R "$root/cim_core" "$folder/cim_core"
 cp -R "$root/examples/photos" "$folder/examples/photos"

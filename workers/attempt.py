@@ -1,22 +1,27 @@
 """What one attempt is: its settings and assignment, and the work that every rank receives."""
 
-from dataclasses import asdict, dataclass, field
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from pydantic import TypeAdapter
+from pydantic import ValidationError
 
-from cim_core.durations import Plan
+from cim_core.durations import Every, Plan
 from service.contracts.allowed import Allowed
 from service.contracts.jobs import FileEntry
-from service.contracts.specs import EvaluateSpec, PretrainSpec, Spec, TokenizerSpec
+from service.contracts.lessons import problems_of, unknown_kind
+from service.contracts.problems import FieldProblem
+from service.contracts.spec_keys import MODELS
+from service.contracts.specs import EvaluateSpec, PretrainSpec, TokenizerSpec
 from service.contracts.work import Assignment
 from workers.cache import Cache
+from workers.failures import SpecError
 from workers.settings import WorkerSettings
 from workers.spool import LOGS
 
 AnySpec = TokenizerSpec | PretrainSpec | EvaluateSpec
-_SPECS: TypeAdapter[AnySpec] = TypeAdapter(Spec)
+_MOST_PROBLEMS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +37,11 @@ class Attempt:
         """The attempt of an assignment, its resolved spec parsed.
 
         The service keeps more beside the spec, such as an earlier attempt's plan; that is left out.
+        Raises `SpecError` where the spec breaks a rule.
         """
         known = {name for kind in get_args(AnySpec) for name in kind.model_fields}
         spec = {key: value for key, value in assignment.spec.items() if key in known}
-        return cls(settings=settings, assignment=assignment, spec=_SPECS.validate_python(spec))
+        return cls(settings=settings, assignment=assignment, spec=_parsed(spec))
 
     @property
     def cache(self) -> Path:
@@ -93,9 +99,43 @@ class Work:
     files: list[FileEntry] = field(default_factory=list)  # stored so far
 
 
+def _parsed(spec: Mapping[str, Any]) -> AnySpec:
+    kind = spec.get("kind")
+    if not isinstance(kind, str) or kind not in MODELS:
+        raise _refused([unknown_kind(spec)])
+    try:
+        return MODELS[kind].model_validate(spec)
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise _refused([p for detail in details for p in problems_of(detail, spec, kind=kind)]) from None
+
+
+def _refused(problems: Sequence[FieldProblem]) -> SpecError:
+    lines = [f"{problem.path or 'spec'}: {problem.message}" for problem in problems[:_MOST_PROBLEMS]]
+    told = (
+        "the workers do not take this spec. Correct it and submit the spec again; where nothing is wrong "
+        "with it, service and workers are of different versions:"
+    )
+    return SpecError("\n".join([told, *lines]))
+
+
 def plan_document(resolved: Plan) -> dict[str, Any]:
-    """The plan as plain values."""
-    return {key: sorted(v) if isinstance(v, frozenset) else v for key, v in asdict(resolved).items()}
+    """The plan as a handful of plain values; periods are exact, in steps, such as "1000/3".
+
+    It goes into the job's row with a report, so its size must not depend on the length of the training.
+    """
+    return {
+        "total_steps": resolved.total_steps,
+        "warmup_steps": resolved.warmup_steps,
+        "checkpoint_period": _period(resolved.checkpoint_steps),
+        "sample_period": _period(resolved.sample_steps),
+        "batch_size": resolved.batch_size,
+        "num_images": resolved.num_images,
+    }
+
+
+def _period(steps: Container[int]) -> str | None:
+    return str(steps.period) if isinstance(steps, Every) else None
 
 
 @dataclass(frozen=True, kw_only=True)

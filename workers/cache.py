@@ -11,6 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from cim_core.data.sources import expand_braces, places
+from cim_core.data.unreadable import mendable, shortened
 from cim_core.errors import DataError
 from service.contracts.allowed import Allowed
 from service.contracts.work import StoreAddress
@@ -71,9 +72,11 @@ class Cache:
             return self._download(open_address(self.address), source.strip("/"), source=source)
         check_address(str(path), self.allowed)
         check_places([path], self.allowed, given=source)
-        if not path.is_dir():
-            raise DataError(f"{source} is not a folder on the worker's node: give one that every node sees")
-        check_places(path.iterdir(), self.allowed, given=source)
+        if not os.path.isdir(path):
+            shown = shortened(source)
+            raise DataError(f"{shown} is not a folder on the worker's node: give one that every node sees")
+        with mendable(source, remedy="make it readable to the user that the workers run as"):
+            check_places(path.iterdir(), self.allowed, given=source)
         return path
 
     def images(self, uri: str) -> str:

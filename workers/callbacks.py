@@ -3,7 +3,7 @@
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -36,7 +36,7 @@ class RankCallbacks:
     writer: CheckpointWriter
     picture: Picture
     probe: Probe | None = None  # collective
-    probe_steps: frozenset[int] = frozenset()
+    probe_steps: Container[int] = ()
     diagnose: Probe | None = None  # with each picture
     latest: dict[str, float] = field(default_factory=dict)  # of each metric
     pace: float | None = None  # images a second, smoothed

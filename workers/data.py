@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from cim_core.config import FREE_ON_RESUME, TrainingConfig
-from cim_core.data.index import Index, NoUsableImageError, scan
+from cim_core.data.index import Index, NoUsableImageError, OnProgress, scan
+from cim_core.data.unreadable import mendable, shortened
 from cim_core.durations import Plan, plan
 from cim_core.errors import DataError
 from cim_core.seeding import generator_for
@@ -153,12 +154,22 @@ def _read(attempt: Attempt, store: JobStore, uri: str, *, reporter: Reporter) ->
 
     path = replace(attempt.downloads, on_file=fetched).images(uri)
     try:
-        index = scan(path, on_progress=seen)
+        index = _scanned(path, on_progress=seen)
     except NoUsableImageError as error:
         reporter.file(put_json(store, REPORT, data_report({"data": error.report})))
         raise
     log.info("%s: %d usable images, %d files skipped", uri, len(index), len(index.skipped))
     return index
+
+
+def _scanned(path: str, *, on_progress: OnProgress) -> Index:
+    """As `scan`; what it dies of whenever it reads the same files is a DataError."""
+    told = f"data.uri: {shortened(path)}"
+    try:
+        with mendable(told, remedy="make it readable to the user that the workers run as"):
+            return scan(path, on_progress=on_progress)
+    except (UnicodeError, RecursionError) as error:
+        raise DataError(f"{told} cannot be read: {error}; give a simpler folder, or a .tar") from error
 
 
 def _plan(spec: AnySpec, indices: Mapping[str, Index]) -> Plan | None:

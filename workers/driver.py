@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import ray
-from pydantic import ValidationError
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
@@ -22,7 +21,7 @@ from service.contracts.work import Assignment, Finish
 from workers.attempt import Attempt, Outcome, Work
 from workers.cache import discard
 from workers.data import prepare
-from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, classify, is_stale, last_step
+from workers.failures import EXIT_CODES, AttemptStaleError, ExitCode, SpecError, classify, is_stale, last_step
 from workers.logs import LogShipper, attach, detach, send_left_lines
 from workers.official import OfficialTokenizer
 from workers.reporting import Reporter, insistently
@@ -83,8 +82,8 @@ def _attempt(settings: WorkerSettings, assignment: Assignment, service: WorkClie
     """Do it all; how it ended, or None when the attempt may not say so."""
     try:
         attempt = Attempt.of(settings, assignment)
-    except ValidationError as error:
-        log.exception("the assignment cannot be read: are service and workers of one version?")
+    except SpecError as error:
+        log.exception("the assignment cannot be used")
         return Finish(outcome="failed", step=0, failure=classify(error, store_url=assignment.store.url))
     with _desk(attempt, service) as desk:
         finish = _finish_of(desk)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from cim_core.errors import ModelError
+from cim_core.evaluation.features import evaluating, pooled
 from cim_core.seeding import seed_for
 from service.contracts.jobs import Progress
 from service.contracts.specs import EvaluateSpec, Knn
@@ -21,6 +22,7 @@ from workers.results import put_json, result_document
 
 log = logging.getLogger(__name__)
 
+MOST_SIDE = 16_384  # pixels
 TRAINED, RANDOM = "cim", "random"
 
 
@@ -37,8 +39,7 @@ def run_evaluate(rank: Rank) -> Outcome:
     for done, (name, make) in enumerate(encoders.items()):
         _show(rank, done, len(encoders), f"extracting features, {name} encoder")
         encoder = make()
-        size = timm.data.resolve_model_data_config(encoder)["input_size"][-1]
-        labelled = Labelled.of(rank, train="train", val="val", image_size=size)
+        labelled = Labelled.of(rank, train="train", val="val", image_size=input_side(encoder))
         features = labelled.features(rank, encoder, batch_size=spec.batch_size)
         rows += _rows(name, features, spec.tasks)
     metrics = {metric_name(row, spec.tasks): row["value"] for row in rows}
@@ -62,15 +63,47 @@ def metric_name(row: dict[str, Any], tasks: list[Knn]) -> str:
 
 
 def load_encoder(folder: Path) -> nn.Module:
-    """The network in `folder` as plain timm loads it. Raises `ModelError`."""
+    """The network in `folder` as plain timm loads it; it has made a vector of a picture.
+
+    Raises `ModelError`.
+    """
     try:
+        _check_weights(folder)
         encoder: nn.Module = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        _check_features(encoder)
     except Exception as error:  # timm has no error class of its own: missing files, unknown names, shapes
         raise ModelError(
             f"encoder: timm cannot load {folder} ({type(error).__name__}: {error}); point it at the "
             "`encoder` folder of a pretrain job"
         ) from error
     return encoder
+
+
+def input_side(encoder: nn.Module) -> int:
+    """Pixels a side of the pictures that an encoder takes. Raises ValueError where it says nothing sound."""
+    side = timm.data.resolve_model_data_config(encoder)["input_size"][-1]
+    if not isinstance(side, int) or not 1 <= side <= MOST_SIDE:
+        raise ValueError(f"input_size must be 1 to {MOST_SIDE} pixels, got {side!r}")
+    return side
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise ValueError where the file is too small for the network: it would be made, and take its memory."""
+    with torch.device("meta"):
+        network = timm.create_model(f"local-dir:{folder}", pretrained=False)
+    needed = sum(parameter.numel() for parameter in network.parameters())
+    weights = folder / "model.safetensors"
+    if weights.is_file() and weights.stat().st_size < needed:  # a number takes a byte at least
+        raise ValueError(f"{weights.name} is too small for the {needed} weights that config.json asks for")
+
+
+@torch.no_grad()
+def _check_features(encoder: nn.Module) -> None:
+    side = input_side(encoder)
+    with evaluating(encoder):
+        features = pooled(encoder, torch.zeros(1, 3, side, side))
+    if features.dim() != 2:
+        raise ValueError(f"it makes no vector of a picture, but {list(features.shape[1:])}: is it pooled?")
 
 
 def random_encoder(folder: Path, *, seed: int) -> nn.Module:

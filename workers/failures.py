@@ -12,17 +12,25 @@ import ray.exceptions
 import torch
 from ray.train import ControllerError, PreemptionError, WorkerGroupError
 
-from cim_core.errors import CheckpointMismatchError, ConfigError, DataError, ModelError, NonFiniteError
+from cim_core.errors import (
+    ONE_VALUE,
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+)
 from service.client.errors import BrokenManifestError, StaleAttempt
 from service.contracts.jobs import FailureKind
+from service.contracts.printable import printable
 from service.contracts.work import Failure
 from service.store.base import CorruptObjectError, MissingObjectError, StoreError, StoreFullError
 from workers.downloads import SourceAwayError
 from workers.logs import blotted
 
 MAX_MESSAGE = 4_000
-USER_ERRORS = (ConfigError, DataError, ModelError, NonFiniteError, CheckpointMismatchError)
 _STORE_ERRORS = (StoreError, MissingObjectError, CorruptObjectError, BrokenManifestError)
+_NO_MEMORY = "can't allocate memory"  # how torch's allocator for CPUs says so, in a RuntimeError
 NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 
@@ -46,6 +54,13 @@ EXIT_CODES: Mapping[FailureKind, ExitCode] = {
     FailureKind.PREEMPTED: ExitCode.PREEMPTED,
     FailureKind.STALLED: ExitCode.INFRASTRUCTURE,
 }
+
+
+class SpecError(ValueError):
+    """The stored spec breaks a rule of this release, which another release may not have had."""
+
+
+USER_ERRORS = (ConfigError, DataError, ModelError, NonFiniteError, CheckpointMismatchError, SpecError)
 
 # One rank's death makes the others fail too, with errors that say nothing: the first kind wins.
 _TELLING = (FailureKind.USER, FailureKind.STORAGE, FailureKind.PREEMPTED, FailureKind.INFRASTRUCTURE)
@@ -95,7 +110,7 @@ def classify(error: BaseException, *, store_url: str, secrets: Iterable[str] = (
     """
     found = [_classify_one(cause, store_url=store_url) for cause in causes(error)]
     first = min(found, key=lambda item: _TELLING.index(item[0]))
-    return Failure(kind=first[0], message=blotted(first[1], secrets)[:MAX_MESSAGE])
+    return Failure(kind=first[0], message=printable(blotted(first[1], secrets))[:MAX_MESSAGE])
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -123,18 +138,42 @@ def _classify_one(error: BaseException, *, store_url: str) -> tuple[FailureKind,
     if isinstance(error, AttemptFailedError):
         return error.kind, error.message
     if isinstance(error, USER_ERRORS):
-        return FailureKind.USER, str(error)
+        return FailureKind.USER, _sentence(error)
+    if lesson := _lesson_of(error):
+        return FailureKind.USER, lesson
+    return _classify_outside(error, store_url=store_url)
+
+
+def _sentence(error: BaseException) -> str:
+    """What an error of ours says; before that of a loader's process, torch puts its traceback."""
+    name = f"{type(error).__module__}.{type(error).__qualname__}: "
+    return str(error).partition(f"\n{name}")[2].strip() or str(error)
+
+
+def _lesson_of(error: BaseException) -> str:
+    """What a user can change about an error that is none of ours; empty where that is not known."""
     if isinstance(error, torch.OutOfMemoryError):
-        return FailureKind.USER, (
+        return (
             "the GPU ran out of memory: lower training.batch_size (batch_size of an evaluation), raise "
             "training.accumulation, or lower model.image_size"
         )
     if isinstance(error, MemoryError | ray.exceptions.OutOfMemoryError) or _killed_for_memory(error):
-        return FailureKind.USER, (
+        return (
             "a worker's node ran out of memory: lower training.loader_workers, training.batch_size or "
             "resources.workers"
         )
-    return _classify_outside(error, store_url=store_url)
+    if isinstance(error, RuntimeError) and _NO_MEMORY in str(error):
+        return (
+            "a worker's node does not have the memory that was asked for: lower training.batch_size, "
+            f"model.image_size or the sizes of the networks ({_first_line(error)})"
+        )
+    if isinstance(error, ValueError) and ONE_VALUE in str(error):
+        return (
+            "a batch norm of the encoder sees one value a channel: a forward pass holds one image, whose map "
+            "has one position there. Raise training.batch_size or model.image_size, lower resources.workers "
+            f"or training.accumulation, or give a CNN output_stride in model.enhancer.options ({error})"
+        )
+    return ""
 
 
 def _classify_outside(error: BaseException, *, store_url: str) -> tuple[FailureKind, str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from service.contracts.addresses import redacted
 from service.contracts.jobs import LogLine
+from service.contracts.printable import printable
 from service.store.base import StoreError
 from workers.joins import Joins, PutBytes
 from workers.spool import Spool, recover, send
@@ -71,7 +72,11 @@ class LogShipper(logging.Handler):
         if not self._admit():
             self._dropped += 1
             return
-        self._append(self._line(record.levelname, self.format(record), at=record.created))
+        try:
+            self._append(self._line(record.levelname, self.format(record), at=record.created))
+        except Exception:
+            # A line that cannot be made, because its arguments do not fit it, must not end the training.
+            self.handleError(record)
 
     def start(self, *, every_s: float = 2.0) -> None:
         """Ship what has gathered every `every_s` seconds, from a thread of its own."""
@@ -153,7 +158,7 @@ class LogShipper(logging.Handler):
             self._append(self._line("WARNING", text, at=time.time()))
 
     def _line(self, level: str, message: str, *, at: float) -> str:
-        message = blotted(message, self._secrets)
+        message = printable(blotted(message, self._secrets))
         if len(message) > MAX_LINE_CHARS:
             message = f"{message[:MAX_LINE_CHARS]} ... ({len(message)} characters)"
         line = LogLine(
@@ -197,8 +202,8 @@ class BlottingFormatter(logging.Formatter):
         self._secrets = tuple(secrets)
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, tracebacks included, without secrets."""
-        return blotted(super().format(record), self._secrets)
+        """The line, tracebacks included, without secrets and in UTF-8."""
+        return printable(blotted(super().format(record), self._secrets))
 
 
 def attach(shipper: LogShipper) -> None:

@@ -8,6 +8,7 @@ that meet write the same bytes to the same place. `config.json` is written last:
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from cim_core.config import TokenizerSource
+from cim_core.data.unreadable import mendable, shortened
 from cim_core.errors import DataError
 from cim_core.tokenizers.official import read_official, sha256_of
 from cim_core.tokenizers.store import RECORD, TENSORS, save_tokenizer
@@ -136,11 +138,14 @@ class OfficialTokenizer:
         if half.is_local:
             path = Path(half.address)
             check_places([path], self.allowed, given=half.address)
-            if not path.is_file():
+            told = f"model.tokenizer.{half.name}: {shortened(path)}"
+            if not os.path.isfile(path):
                 raise DataError(
-                    f"model.tokenizer.{half.name}: {path} is no file on the worker's node: give one that "
-                    "every node sees, or an http(s):// or s3:// address"
+                    f"{told} is no file on the worker's node: give one that every node sees, or an http(s)://"
+                    " or s3:// address"
                 )
+            with mendable(told, remedy="make it readable to the user that the workers run as"):
+                path.open("rb").close()
             return path
         target = self.folder / "dall-e" / f"{half.name}.pkl"
         if half.address.startswith(WEB):

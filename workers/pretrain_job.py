@@ -3,6 +3,8 @@
 import dataclasses
 import logging
 import tempfile
+from collections.abc import Container
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from cim_core.data.dataset import ImageDataset, ViewConfig
 from cim_core.diagnostics import NUM_IMAGES, diagnose
-from cim_core.durations import Plan, steps_of
+from cim_core.durations import Every, Plan, steps_of
 from cim_core.export import encoder_weights, export_encoder
 from cim_core.methods import build_model
 from cim_core.pretraining import Pretraining
@@ -58,7 +60,7 @@ def run_pretrain(rank: Rank) -> Outcome:
             dataset=dataset,
             picture=lambda: _picture(model, dataset, seed=seed),
             probe=lambda: _probe(rank, model),
-            probe_steps=_probe_steps(spec, plan_of(rank)),
+            probe_steps=probe_steps(spec, plan_of(rank)),
             diagnose=lambda: _diagnose(model, dataset, seed=seed),
         ),
     )
@@ -99,12 +101,12 @@ def _diagnose(model: Pretraining, dataset: ImageDataset, *, seed: int) -> dict[s
     return diagnose(model, views, generator=generator_for(seed, "diagnostics", "masks"))
 
 
-def _probe_steps(spec: PretrainSpec, plan: Plan) -> frozenset[int]:
-    """After each `probe.every`, and at the end."""
+def probe_steps(spec: PretrainSpec, plan: Plan) -> Container[int]:
+    """After each `probe.every`, in whole steps, and at the end."""
     if spec.probe is None:
-        return frozenset()
+        return ()
     every = steps_of(spec.probe.every, batch_size=plan.batch_size, num_images=plan.num_images)
-    return frozenset(range(every, plan.total_steps, every)) | {plan.total_steps}
+    return Every(period=Fraction(every), total_steps=plan.total_steps)
 
 
 def _probe(rank: Rank, model: Pretraining) -> dict[str, float]:

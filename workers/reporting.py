@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from service.client.errors import ApiError, StaleAttempt
 from service.contracts.jobs import FileEntry, MetricPoint, Progress
+from service.contracts.printable import printable
 from service.contracts.work import Report, ReportReply
 from workers.failures import AttemptStaleError, ServiceAwayError
 
@@ -86,7 +87,7 @@ class Reporter:
     def say(self, message: str) -> None:
         """Keep the progress and change its message."""
         with self._lock:
-            self._progress = self._progress.model_copy(update={"message": message})
+            self._progress = self._progress.model_copy(update={"message": printable(message)})
             self._last_life = self._clock()
 
     def alive(self) -> None:

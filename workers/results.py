@@ -12,6 +12,7 @@ from typing import Any
 import cim_core
 import workers
 from service.contracts.jobs import FileEntry
+from service.contracts.printable import printable
 from service.contracts.work import Assignment
 from workers.storage import JobStore, patiently
 
@@ -75,8 +76,19 @@ def result_document(
 
 
 def put_json(store: JobStore, path: str, document: Mapping[str, Any]) -> FileEntry:
-    """Store `document` as the job's file `path`. Raises `StoreError`."""
-    return store.put_bytes(path, json.dumps(document, indent=1).encode())
+    """Store `document` as the job's file `path`, its texts `printable`. Raises `StoreError`."""
+    return store.put_bytes(path, json.dumps(_printable(document), indent=1).encode())
+
+
+def _printable(value: Any) -> Any:
+    """JSON could carry half characters, but few readers of it take them."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, Mapping):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_printable(inner) for inner in value]
+    return value
 
 
 def earlier_files(store: JobStore, prefix: str, known: Sequence[FileEntry]) -> list[FileEntry]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from cim_core.config import TrainingConfig
 from cim_core.data.dataset import ImageDataset, Views, collate
 from cim_core.data.loading import ImageLoader
 from cim_core.data.sampler import SampleId
-from cim_core.durations import Plan
+from cim_core.durations import AnyOf, Plan
 from cim_core.engine.acceleration import accelerate
 from cim_core.engine.background import Background
 from cim_core.engine.fit import fit
@@ -45,7 +45,7 @@ class Training:
     dataset: ImageDataset
     picture: Picture
     probe: Probe | None = None
-    probe_steps: frozenset[int] = frozenset()
+    probe_steps: Container[int] = ()
     diagnose: Probe | None = None  # on rank 0 alone, with each picture
 
 
@@ -77,7 +77,7 @@ def train(rank: Rank, training: Training) -> Outcome:
             training.task(module),
             state,
             _loader(rank, training.dataset),
-            dataclasses.replace(plan, sample_steps=plan.sample_steps | training.probe_steps),
+            dataclasses.replace(plan, sample_steps=AnyOf((plan.sample_steps, training.probe_steps))),
             config,
             callbacks=callbacks,
             device=rank.device,

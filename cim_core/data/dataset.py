@@ -14,6 +14,7 @@ from torch import Tensor
 from cim_core.data.index import Index
 from cim_core.data.sampler import SampleId
 from cim_core.data.transforms import BICUBIC, LANCZOS, Box, centre_square, cut, decode, random_box, to_tensor
+from cim_core.data.unreadable import mendable
 from cim_core.errors import DataError
 from cim_core.seeding import generator_for
 
@@ -141,8 +142,8 @@ class ImageDataset:
         """Image `place`, upright, in RGB and full size; others may hold it too, so do not change it.
 
         Raises:
-            OSError: the file is gone or cannot be read.
-            DataError: the file was usable when the index was made and is not any more.
+            OSError: the file cannot be read for a reason that may pass.
+            DataError: the file was usable when the index was made, and is gone or not usable any more.
         """
         if (kept := self._kept.get(place)) is not None:
             return kept
@@ -155,11 +156,12 @@ class ImageDataset:
         return image
 
     def _decoded(self, place: int) -> Image.Image:
-        data = self.index.read(place)
+        name = self.index.entries[place].name
+        with mendable(f"{name} was there when training began and", remedy="put it back, or submit again"):
+            data = self.index.read(place)
         try:
             return decode(data)
         except Exception as error:  # Pillow raises many classes for broken data
-            name = self.index.entries[place].name
             raise DataError(
                 f"{name} was changed after training began and is not usable any more: {error}"
             ) from error

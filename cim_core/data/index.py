@@ -17,6 +17,7 @@ from PIL import UnidentifiedImageError
 
 from cim_core.data.sources import Candidate, Finding, Skipped, find
 from cim_core.data.transforms import FORMATS, decode
+from cim_core.data.unreadable import why
 from cim_core.errors import DataError
 
 MAX_FILE_BYTES = 256 * 2**20
@@ -150,6 +151,9 @@ def _inspect(root: Path, candidate: Candidate) -> tuple[int, int] | str:
         return f"{candidate.size_bytes} bytes are more than the limit of {MAX_FILE_BYTES}"
     try:
         data = _read(root / (candidate.container or candidate.path), candidate.offset, candidate.size_bytes)
+    except OSError as error:
+        return f"cannot be read: {why(error)}"
+    try:
         return decode(data).size
     except UnidentifiedImageError:
         return f"not an image of a known format ({', '.join(FORMATS)})"

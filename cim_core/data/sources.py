@@ -7,11 +7,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from cim_core.data.unreadable import mendable, shortened, why
 from cim_core.errors import DataError
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _NUMBERS = re.compile(r"(\d{1,12})\.\.(\d{1,12})")
 MOST_SHARDS = 100_000
+_READABLE = "make it readable to the user that the workers run as"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,32 @@ def walk(uri_path: str) -> tuple[Path, Iterator[Candidate | Skipped]]:
 
 def places(uri_path: str) -> list[Path]:
     """What `uri_path` stands for, links followed: one folder, or the files that it names. At least one."""
-    path = Path(uri_path)
-    if path.is_dir() or path.is_file():
-        return [path.resolve()]
-    files = sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
+    if os.path.isdir(uri_path) or os.path.isfile(uri_path):
+        return [_real(uri_path)]
+    files = _matches(uri_path)
     if not files:
+        shown = shortened(uri_path)
+        raise DataError(f"data.uri: {shown} does not exist; give a folder, a .tar or a pattern of .tar files")
+    return [_real(file) for file in files]
+
+
+def _matches(uri_path: str) -> list[Path]:
+    """The files that a pattern stands for, in order."""
+    told = f"data.uri: {shortened(uri_path)}"
+    try:
+        with mendable(told, remedy=f"{_READABLE}, or correct the path"):
+            return sorted({match for pattern in expand_braces(uri_path) for match in _glob(pattern)})
+    except DataError:
+        raise
+    except (ValueError, NotImplementedError, RecursionError) as error:  # of pathlib, which follows patterns
         raise DataError(
-            f"data.uri: {uri_path} does not exist; give a folder, a .tar or a pattern of .tar files"
-        )
-    return [file.resolve() for file in files]
+            f"{told} is no pattern that can be followed ({error}); list the tars in braces"
+        ) from error
+
+
+def _real(path: str | Path) -> Path:
+    """Links followed; unlike `Path.resolve` it takes a link that leads to itself as it is."""
+    return Path(os.path.realpath(path))
 
 
 def expand_braces(pattern: str) -> Iterator[str]:
@@ -117,7 +136,12 @@ def _glob(pattern: str) -> Iterator[Path]:
     fixed = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
     if fixed == len(parts):
         return iter([path] if path.is_file() else [])
-    return (p for p in Path(*parts[:fixed]).glob(str(Path(*parts[fixed:]))) if p.is_file())
+    folder = Path(*parts[:fixed])
+    try:
+        os.scandir(folder).close()  # pathlib finds nothing, and says nothing, where it may not look
+    except (FileNotFoundError, NotADirectoryError):
+        return iter([])
+    return (p for p in folder.glob(str(Path(*parts[fixed:]))) if p.is_file())
 
 
 def _in_tars(tars: list[Path], *, given: str) -> tuple[Path, Iterator[Candidate | Skipped]]:
@@ -133,9 +157,11 @@ def _in_tars(tars: list[Path], *, given: str) -> tuple[Path, Iterator[Candidate 
 
 def _is_tar(path: Path) -> bool:
     try:
-        with tarfile.open(path, "r:"):
+        with mendable(f"data.uri: {shortened(path)}", remedy=_READABLE), tarfile.open(path, "r:"):
             return True
-    except tarfile.TarError:
+    except (DataError, OSError):
+        raise
+    except Exception:  # of a damaged archive tarfile raises more than its own classes
         return False
 
 
@@ -149,27 +175,49 @@ def _finding(root: Path, found: Iterable[Candidate | Skipped]) -> Finding:
 
 def _in_folder(root: Path) -> Iterator[Candidate | Skipped]:
     """Files below `root`; hidden files and folders are not even counted."""
-    for folder, subfolders, files in os.walk(root, onerror=_unreadable):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        here = Path(folder)
-        for name in subfolders:
-            if (here / name).is_symlink():
-                yield Skipped((here / name).relative_to(root).as_posix(), "link to a folder")
-        for name in sorted(files):
-            if not name.startswith("."):
-                yield from _one_file(root, here / name)
+    todo = [root]
+    while todo:
+        for entry in _listed(todo.pop()):
+            if entry.name.startswith("."):
+                continue
+            path = Path(entry.path)
+            if not _is_folder(entry):
+                yield from _one_file(root, path)
+            elif entry.is_symlink():
+                yield Skipped(path.relative_to(root).as_posix(), "link to a folder")
+            else:
+                todo.append(path)
+
+
+def _listed(folder: Path) -> list[os.DirEntry[str]]:
+    told = f"data.uri: the folder {shortened(folder)}"
+    with mendable(told, remedy=f"{_READABLE}, or move it elsewhere"), os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that cannot be followed
+        return False
 
 
 def _one_file(root: Path, file: Path) -> Iterator[Candidate | Skipped]:
     path = file.relative_to(root).as_posix()
-    if file.is_symlink() and not file.resolve().is_relative_to(root):
+    if os.path.islink(file) and not _real(file).is_relative_to(root):
         yield Skipped(path, "link that leaves the folder")
-    elif not file.is_file():
+        return
+    try:
+        size_bytes = file.stat().st_size if file.is_file() else None
+    except OSError as error:
+        yield Skipped(path, f"cannot be read: {why(error)}")
+        return
+    if size_bytes is None:
         yield Skipped(path, "broken link or not a regular file")
     elif file.suffix.lower() == ".tar":
         yield from _in_tar(file, path)
     else:
-        yield Candidate(path, None, 0, file.stat().st_size)
+        yield Candidate(path, None, 0, size_bytes)
 
 
 def _in_tar(file: Path, container: str) -> Iterator[Candidate | Skipped]:
@@ -187,8 +235,9 @@ def _in_tar(file: Path, container: str) -> Iterator[Candidate | Skipped]:
                 if path in members:
                     yield Skipped(f"{container}/{path}", "replaced by a later member of the same name")
                 members[path] = Candidate(path, container, member.offset_data, member.size)
-    except (tarfile.TarError, OSError) as error:
-        yield Skipped(container, f"the tar file cannot be read to its end: {error}")
+    except Exception as error:  # whatever a damaged archive makes its parser raise is the reason we report
+        told = why(error) if isinstance(error, OSError) else error or type(error).__name__
+        yield Skipped(container, f"the tar file cannot be read to its end: {told}")
     yield from members.values()
 
 
@@ -206,7 +255,3 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     tar.fileobj.seek(tar.offset)
     if any(tar.fileobj.read(tarfile.BLOCKSIZE)):
         raise tarfile.ReadError(f"damaged header at byte {tar.offset}")
-
-
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"data.uri: the folder {error.filename} cannot be read: {error.strerror}") from error

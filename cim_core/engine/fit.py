@@ -13,7 +13,7 @@ from typing import Protocol, TypeVar
 import torch
 
 from cim_core.config import TrainingConfig
-from cim_core.durations import Plan
+from cim_core.durations import AnyOf, Plan
 from cim_core.engine import dist
 from cim_core.engine.acceleration import explained_compiling
 from cim_core.engine.callbacks import Callbacks, StepReport
@@ -115,7 +115,7 @@ class _Reports:
         stop = self._read()
         self._unread = result
         plan = self._plan
-        borders = plan.sample_steps | plan.checkpoint_steps | {plan.total_steps}
+        borders = AnyOf((plan.sample_steps, plan.checkpoint_steps, (plan.total_steps,)))
         if stop or result.numbers.at_hand or result.step in borders:
             stop = self._read() or stop
         return stop

@@ -20,7 +20,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from cim_core.errors import ModelError
+from cim_core.errors import ONE_VALUE, ModelError
 from cim_core.models.checkpointing import can_checkpoint
 
 Layout = Literal["tokens", "channels_first", "channels_last"]
@@ -119,6 +119,22 @@ def raw_features(model: nn.Module, images_B3SS: Tensor, *, through_head: bool) -
     if through_head:
         features = model.forward_head(features, pre_logits=True)  # type: ignore[operator]
     return features
+
+
+def trains_on_one_image(plan: BackbonePlan, *, image_size: int) -> bool:
+    """Whether a training pass may hold a single image, as torch decides it.
+
+    A batch norm has no deviation where it sees one value a channel: one image, and a map of one position.
+    """
+    model = build_on_meta(plan.name, plan.train_args).train()
+    image_13SS = torch.empty(1, 3, image_size, image_size, device="meta")
+    try:
+        raw_features(model, image_13SS, through_head=plan.through_head)
+    except ValueError as error:
+        if ONE_VALUE in str(error):
+            return False
+        raise
+    return True
 
 
 def build_on_meta(name: str, args: Args) -> nn.Module:

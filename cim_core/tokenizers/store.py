@@ -11,7 +11,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -47,24 +46,45 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     """
     record = _read_record(folder)
     try:
+        tensors = load_file(folder / TENSORS)
+    except Exception as error:  # of a damaged file, safetensors raises more than its own class
+        raise ModelError(_lesson(folder, f"{TENSORS} cannot be read ({error})")) from error
+    _check_blocks(folder, record["config"], num_tensors=len(tensors))
+    try:
         # A newer release may have written keys that this one does not know; the weights decide.
         model = _BUILD[record["kind"]](record)
-    except (TypeError, ValueError) as error:
-        raise ModelError(_lesson(folder, f"its configuration is not valid: {error}")) from error
+    except Exception as error:  # the sizes may be anything that JSON can say
+        told = f"its configuration is not valid: {error or type(error).__name__}"
+        raise ModelError(_lesson(folder, told)) from error
     try:
-        tensors = load_file(folder / TENSORS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(_lesson(folder, f"{TENSORS} cannot be read ({error})")) from error
-    try:
-        model.load_state_dict(tensors, assign=isinstance(model, DalleTokenizer))
-    except RuntimeError as error:
+        model.load_state_dict(_fitting(tensors, model.state_dict()), assign=True)
+    except (RuntimeError, TypeError) as error:
         listed = " ".join(str(error).split())
         raise ModelError(_lesson(folder, f"the weights do not fit {RECORD}: {listed}")) from error
     return model.eval().requires_grad_(requires_grad=False)
 
 
+def _check_blocks(folder: Path, config: Mapping[str, Any], *, num_tensors: int) -> None:
+    """Building layer after layer of a made-up depth would not end; each block has tensors."""
+    blocks = config.get("blocks_per_group")
+    if isinstance(blocks, int) and blocks > num_tensors:
+        told = f"{num_tensors} tensors cannot be those of {blocks} blocks_per_group"
+        raise ModelError(_lesson(folder, f"the weights do not fit {RECORD}: {told}"))
+
+
+def _fitting(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors in the network's own precision. Raises TypeError where they are another kind of number."""
+    for name, tensor in tensors.items():
+        theirs = wanted.get(name, tensor)
+        if tensor.dtype != theirs.dtype and not (tensor.is_floating_point() and theirs.is_floating_point()):
+            raise TypeError(f"{name} holds {tensor.dtype}, and must hold {theirs.dtype}")
+    return {name: tensor.to(wanted.get(name, tensor).dtype) for name, tensor in tensors.items()}
+
+
 def _dvae(record: Mapping[str, Any]) -> DiscreteVAE:
-    return DiscreteVAE(TokenizerConfig(**_known(TokenizerConfig, record)), generator=torch.Generator())
+    config = TokenizerConfig(**_known(TokenizerConfig, record))
+    with torch.device("meta"):  # without memory: the file may lie about the sizes
+        return DiscreteVAE(config, generator=torch.Generator(device="cpu"))
 
 
 def _dalle(record: Mapping[str, Any]) -> DalleTokenizer:
@@ -83,7 +103,7 @@ def _known(config: type[TokenizerConfig | DalleConfig], record: Mapping[str, Any
 def _read_record(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(_lesson(folder, f"{RECORD} cannot be read ({error})")) from error
     known = [{"format": FORMAT, "kind": kind} for kind in _BUILD]
     if not isinstance(record, dict) or {key: record.get(key) for key in ("format", "kind")} not in known:

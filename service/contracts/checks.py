@@ -5,7 +5,14 @@ from typing import Any
 
 from cim_core.config import EnhancerConfig, GeneratorConfig, ModelConfig, TrainingConfig
 from service.contracts.addresses import AnySpec, secrets_in
-from service.contracts.enhancers import EnhancerFacts, facts_of, generator_width, nearest_enhancers
+from service.contracts.enhancers import (
+    OUTPUT_STRIDE,
+    EnhancerFacts,
+    facts_of,
+    generator_width,
+    nearest_enhancers,
+    one_image_from,
+)
 from service.contracts.problems import FieldProblem
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources
 
@@ -19,6 +26,7 @@ def check(spec: AnySpec) -> Iterator[FieldProblem]:
     yield from _training(spec.training, spec.resources)
     if isinstance(spec, PretrainSpec):
         yield from _model(spec.model)
+        yield from _one_image(spec)
 
 
 def _problem(path: str, message: str, value: Any) -> FieldProblem:
@@ -44,6 +52,37 @@ def _training(training: TrainingConfig, resources: Resources) -> Iterator[FieldP
         if total is not None and warmup is not None and warmup > total:
             told = f"must not be longer than the training of {total:g} {name}, got {warmup:g}"
             yield _problem(f"training.warmup.{name}", told, warmup)
+
+
+def _one_image(spec: PretrainSpec) -> Iterator[FieldProblem]:
+    """A batch norm that sees one value a channel, of which torch can make no deviation."""
+    training, model = spec.training, spec.model
+    facts = facts_of(model.enhancer)
+    portions = spec.resources.workers * training.accumulation
+    if facts is None or not facts.ok or training.batch_size != portions:
+        return
+    least = one_image_from(model.enhancer, facts)
+    if least is not None and model.image_size >= least:
+        return
+    ways = ", ".join(_ways_out(model, facts, least, portions=portions))
+    told = (
+        f"must be more than resources.workers x training.accumulation = {portions}, got {portions}: else a "
+        f"forward pass holds one image, of which a batch norm of {model.enhancer.name} sees one value a "
+        f"channel at {model.image_size} pixels. {ways}"
+    )
+    yield _problem("training.batch_size", told, training.batch_size)
+
+
+def _ways_out(model: ModelConfig, facts: EnhancerFacts, least: int | None, *, portions: int) -> Iterator[str]:
+    yield f"Raise it, for example {2 * portions}"
+    if portions > 1:
+        yield "or lower resources.workers or training.accumulation"
+    if least is not None:
+        yield f"or set model.image_size: {-(-least // model.patch_size) * model.patch_size}"
+    finer = facts.one_image_from_by_stride.items() if OUTPUT_STRIDE not in model.enhancer.options else ()
+    enough = [int(stride) for stride, side in finer if side is not None and side <= model.image_size]
+    if enough:
+        yield f"or add {OUTPUT_STRIDE}: {max(enough)} to model.enhancer.options"
 
 
 def _model(model: ModelConfig) -> Iterator[FieldProblem]:

@@ -10,9 +10,13 @@ from functools import cache
 from importlib.resources import files
 from typing import Literal
 
+from pydantic import Field
+
 from cim_core.config import EnhancerConfig, GeneratorConfig
 from service.contracts.base import Stored
 
+OUTPUT_STRIDE = "output_stride"  # the option that makes a CNN's last map finer
+_OWN_STRIDE = 32  # of those that have the option
 _WIDTH_BESIDE_A_CNN = 384
 
 
@@ -26,6 +30,9 @@ class EnhancerFacts(Stored):
     patch: int | None = None  # its own patch size; ours takes its place
     can_share: bool = False  # its first blocks fit the generator
     can_checkpoint: bool = False  # timm has gradient checkpointing for it
+    # Image side, pixels, from which a training pass may hold one image; None: batch norm always forbids it.
+    one_image_from: int | None = 1
+    one_image_from_by_stride: dict[str, int | None] = Field(default_factory=dict)  # by output_stride
     ok: bool = True
     why: str = ""  # it cannot serve
 
@@ -45,6 +52,19 @@ def facts_of(enhancer: EnhancerConfig) -> EnhancerFacts | None:
     sizes = {"width": "embed_dim", "heads": "num_heads", "depth": "depth"}
     given = {ours: enhancer.options.get(theirs) for ours, theirs in sizes.items()}
     return facts.model_copy(update={name: size for name, size in given.items() if isinstance(size, int)})
+
+
+def one_image_from(enhancer: EnhancerConfig, facts: EnhancerFacts) -> int | None:
+    """The least image side, pixels, from which a training pass may hold one image; None where none is.
+
+    1 as well where options may have changed norms or strides: only a worker can tell.
+    """
+    if any(key != OUTPUT_STRIDE and "drop" not in key for key in enhancer.options):
+        return 1
+    stride = enhancer.options.get(OUTPUT_STRIDE, _OWN_STRIDE)
+    if stride == _OWN_STRIDE:
+        return facts.one_image_from
+    return facts.one_image_from_by_stride.get(str(stride), 1)
 
 
 def generator_width(generator: GeneratorConfig, facts: EnhancerFacts) -> int:

@@ -4,10 +4,11 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from service.contracts.base import Stored
 from service.contracts.estimates import Estimate
+from service.contracts.printable import printable
 from service.contracts.storable import LARGEST_NUMBER
 
 
@@ -46,6 +47,13 @@ class FailureKind(StrEnum):
     STALLED = "stalled"
 
 
+def _printable(value: object) -> object:
+    return printable(value) if isinstance(value, str) else value
+
+
+# May name files, whose names are any bytes.
+Told = Annotated[str, BeforeValidator(_printable)]
+
 # Databases count in 64 bits.
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Amount = Annotated[float, Field(ge=0, le=1e30)]  # of time, images, epochs
@@ -61,7 +69,7 @@ class Progress(Stored):
     epoch: Amount | None = None
     images_per_s: Amount | None = None
     eta_s: Amount | None = None
-    message: str = ""  # what happens now, e.g. "reading 500 images"
+    message: Told = ""  # what happens now, e.g. "reading 500 images"
 
 
 def _plain(path: str) -> str:
@@ -156,7 +164,7 @@ class LogLine(Stored):
     attempt: int
     source: str  # driver | rank-0 | rank-1 ... | ray
     level: str
-    message: str
+    message: Told
 
 
 class Validation(Stored):

@@ -14,6 +14,7 @@ from service.contracts.jobs import (
     MetricPoint,
     MetricValue,
     Progress,
+    Told,
 )
 from service.contracts.storable import UnstorableError, dumps
 
@@ -91,7 +92,7 @@ class Failure(Stored):
     """Why an attempt failed."""
 
     kind: FailureKind
-    message: str = Field(max_length=8000)
+    message: Told = Field(max_length=8000)
 
 
 class Finish(Stored):
@@ -103,4 +104,4 @@ class Finish(Stored):
     failure: Failure | None = None
     metrics: dict[MetricKey, MetricValue] = Field(default_factory=dict, max_length=MOST_POINTS)
     files: Manifest = Field(default_factory=list)
-    warnings: list[Annotated[str, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)
+    warnings: list[Annotated[Told, Field(max_length=2000)]] = Field(default_factory=list, max_length=16)

@@ -18,6 +18,7 @@ from typing import assert_never
 
 from service.contracts.addresses import redacted
 from service.contracts.jobs import JobState, LogLine
+from service.contracts.printable import printable
 from service.contracts.tokens import claim_code
 from service.db import moves
 from service.db.engine import Sessions
@@ -286,10 +287,10 @@ class Reconciler:
 
     async def _lose(self, observed: Observed, lost: Lost) -> None:
         job = observed.job
-        tail = [redacted(line) for line in await self._last_lines(observed.submission_id)]
+        tail = [printable(redacted(line)) for line in await self._last_lines(observed.submission_id)]
         await self._keep_log(observed, tail)
         quoted = [line.strip() for line in tail if line.strip()][-_QUOTED_LINES:]
-        message = lost.message + ("; its last lines: " + " | ".join(quoted) if quoted else "")
+        message = printable(lost.message) + ("; its last lines: " + " | ".join(quoted) if quoted else "")
         told = Lost(kind=lost.kind, message=message[:_MAX_MESSAGE_CHARS])
         backoff, now = self._rules.backoff, self._clock()
         if await record.lost(self._guarded, observed, told, backoff=backoff, now=now):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from service.contracts.addresses import redacted
+from service.contracts.printable import printable
 from service.db.failures import DatabaseFailure, is_outage, kind_of
 from service.db.leases import GuardedSessions, LeaseLostError
 from service.dispatch import record
@@ -139,5 +140,4 @@ def _text(error: Exception) -> str:
     """The first line of an error, fit for every database, without secrets."""
     lines = str(error).splitlines()
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    plain = text[:_LONGEST].encode("utf-8", "backslashreplace").decode().replace("\x00", "\ufffd")
-    return redacted(plain)
+    return redacted(printable(text[:_LONGEST]))

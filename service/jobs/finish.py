@@ -99,7 +99,7 @@ def _stopped(told: Finish, used: Usage, *, pausing: bool) -> End:
 def failure_of(told: Finish) -> Failure:
     """Why an attempt that did not succeed ended."""
     if told.failure is not None:
-        return Failure(kind=told.failure.kind, message=told.failure.message.replace("\x00", "\ufffd"))
+        return told.failure
     if told.outcome == "stopped":
         # Nobody here asked for it, so somebody outside did.
         return Failure(kind=FailureKind.PREEMPTED, message=f"stopped from outside at step {told.step}")

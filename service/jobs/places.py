@@ -91,13 +91,13 @@ def _names_in(folder: str) -> list[str]:
 
 def _holds_a_file(folder: str) -> bool:
     """Whether a file lies at any depth; ends at the first one, or where there is too much to look at."""
-
-    def refuse(error: OSError) -> None:
-        raise error
-
-    looks = 0
-    for _, folders, names in os.walk(folder, onerror=refuse):
-        looks += len(folders) + len(names) + 1
-        if looks > _MOST_LOOKS or any(not name.startswith(".") for name in names):
+    todo, looks = [folder], 0
+    while todo:
+        with os.scandir(todo.pop()) as listed:
+            entries = list(listed)
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        looks += len(entries) + 1
+        if looks > _MOST_LOOKS or any(os.path.isfile(entry.path) for entry in shown):
             return True
+        todo += [entry.path for entry in shown if entry.is_dir(follow_symlinks=False)]
     return False

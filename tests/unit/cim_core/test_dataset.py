@@ -225,7 +225,7 @@ def test_picture__changed_after_the_scan(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"class0/000\.png was changed after training began"):
         data[SampleId(0, 0)]
     (tmp_path / "class0" / "000.png").unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"class0/000\.png was there when training began and cannot be read"):
         data[SampleId(0, 0)]
 
 

@@ -68,7 +68,17 @@ def test_catalogue__most_networks_can_be_recomputed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg11", "cait_xxs24_224", "test_vit", "mobilenetv3_small_050", "convit_tiny"]
+    "name",
+    [
+        "vgg11",
+        "cait_xxs24_224",
+        "test_vit",
+        "mobilenetv3_small_050",
+        "convit_tiny",
+        "resnet18",
+        "skresnet18",
+        "dla34",
+    ],
 )
 def test_catalogue__is_what_the_script_writes(name: str) -> None:
     assert catalogue()[name] == describe(name)

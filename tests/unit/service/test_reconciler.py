@@ -117,6 +117,23 @@ async def test_lost_driver__is_retried_with_its_last_lines_kept(plane: ControlPl
         await plane.report(job_id, 1)
 
 
+async def test_lost_driver__whose_last_lines_no_database_holds_is_lost_all_the_same(
+    plane: ControlPlane,
+) -> None:
+    job_id = await running(plane)
+    said = ClusterJob(state=ClusterState.FAILED, message="ended by caf\udce9\x00", exit_code=1)
+    plane.launcher.jobs[submission_id(job_id, 1)] = said
+    plane.launcher.logs[submission_id(job_id, 1)] = ["cannot read caf\udce9.jpg\x00"]
+    reconciler = plane.reconciler()
+    for _ in range(2):
+        await reconciler.run_once()
+        plane.advance(6)
+    (attempt,) = await plane.attempts(job_id)
+    assert (await plane.job(job_id)).state is S.RETRYING
+    assert "ended by caf\\udce9\ufffd" in (attempt.message or "")
+    assert "cannot read caf\\udce9.jpg\ufffd" in (attempt.message or "")
+
+
 async def test_lost_driver__the_last_attempt_fails_the_job(plane: ControlPlane) -> None:
     job_id = await running(plane, max_attempts=1)
     plane.launcher.forget_everything()

@@ -1,5 +1,7 @@
 """What a submit can know of the addresses of data."""
 
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import pytest
 from service.contracts.allowed import EVERYTHING, allowed_by, prefixes_in
 from service.contracts.parsing import parse
 from service.jobs import places
+from service.jobs.estimate import _num_files
 from service.jobs.uris import problems
 from tests.unit.service.test_parsing import evaluate, pretrain
 
@@ -198,3 +201,52 @@ def test_places__a_look_ends_where_there_is_too_much_to_see(
     monkeypatch.setattr(places, "_MOST_LOOKS", 1)
     for uri in (f"{folder}/**/none.tar", f"{folder}/*/*/none.tar", f"{folder}/empty"):
         assert found(pretrain(data__uri=uri)) == {}, "the workers see for themselves"
+
+
+def nested(folder: Path, *, depth: int, name: str) -> Path:
+    """`folder` with so many folders in each other, and no file."""
+    folder.mkdir()
+    here = os.open(folder, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir(name, dir_fd=here)
+        inner = os.open(name, os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("depth", "name", "word"),
+    [(1500, "d", "holds no files"), (20, "d" * 250, "cannot be read: File name too long")],
+    ids=["many", "long"],
+)
+def test_images__folders_in_folders_without_end_are_answered(
+    tmp_path: Path, depth: int, name: str, word: str
+) -> None:
+    uri = nested(tmp_path / "photos", depth=depth, name=name)
+    try:
+        assert word in found(pretrain(data__uri=str(uri)))["data.uri"]
+        assert "data.uri" in found(pretrain(data__uri=f"{uri}/**/*.tar"))
+        assert _num_files(str(uri)) in (0, None)
+        assert _num_files(f"{uri}/*/*.tar") is None
+    finally:
+        subprocess.run(["rm", "-rf", str(uri)], check=True)
+
+
+@pytest.mark.parametrize("name", ["loop", "loop/photos", "loop-*.tar", "l{oop,ap}"])
+def test_images__a_link_to_itself_is_answered(folder: Path, name: str) -> None:
+    for loop in ("loop", "loop-0.tar", "images/loop"):
+        (folder / loop).symlink_to(Path(loop).name)
+    assert "data.uri" in found(pretrain(data__uri=str(folder / name)))
+    assert "encoder" in found(evaluate(encoder=str(folder / "loop")))
+    assert found(pretrain(data__uri=str(folder / "images")), allowed=str(folder)) == {}
+    assert "data.uri" in found(pretrain(data__uri=str(folder / name)), allowed=str(folder))
+    assert _num_files(str(folder / name)) is None
+    assert _num_files(str(folder / "images")) == 1
+
+
+def test_images__hidden_folders_hold_nothing(folder: Path) -> None:
+    (folder / "empty" / ".cache").mkdir()
+    (folder / "empty" / ".cache" / "a.png").touch()
+    assert "holds no files" in found(pretrain(data__uri=str(folder / "empty")))["data.uri"]

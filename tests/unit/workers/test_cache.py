@@ -1,3 +1,4 @@
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,6 +50,25 @@ def test_artifact__missing_ones_are_named(cache: Cache, store: DirectoryStore) -
         cache.artifact("jobs/zz/encoder")
     with pytest.raises(DataError, match="/nowhere is not a folder"):
         cache.artifact("/nowhere")
+
+
+def test_artifact__a_place_that_cannot_be_there_is_the_users_to_mend(cache: Cache, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "x" * 300):
+        with pytest.raises(DataError, match=r"(loop|xxx).* is not a folder"):
+            cache.artifact(f"{tmp_path}/{name}")
+
+
+def test_artifact__a_folder_that_may_not_be_read_is_the_users_to_mend(
+    cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="mine cannot be read: Permission denied; make it readable"):
+        cache.artifact(f"{tmp_path}/mine")
 
 
 def test_artifact__no_way_leads_out_of_what_is_allowed(tmp_path: Path, cache: Cache) -> None:

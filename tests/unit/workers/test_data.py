@@ -5,11 +5,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from cim_core.config import Duration, TrainingConfig
 from cim_core.data.index import Entry, Index, NoUsableImageError
+from cim_core.durations import plan
 from cim_core.errors import DataError
-from service.contracts.work import Assignment, StoreAddress
+from service.contracts.jobs import Progress
+from service.contracts.work import Assignment, Report, StoreAddress
 from tests.fakes.work_client import FakeWork
-from workers.attempt import Attempt, Work
+from workers.attempt import Attempt, Work, plan_document
 from workers.data import REPORT, check_labels, data_report, digest, fingerprint, held_out, prepare
 from workers.reporting import Reporter
 from workers.settings import WorkerSettings
@@ -76,10 +79,26 @@ def test_prepare__plan_counts_what_is_trained_on(tmp_path: Path) -> None:
     work, service, store = prepared(tmp_path, photos)
     # 21 usable images, one held out, two epochs of 20 in batches of 4.
     assert work.plan.total_steps == 10
-    assert service.reports[-1].plan is not None
-    assert service.reports[-1].plan["total_steps"] == 10
+    # An epoch is 5 steps, a tenth of the training 1.
+    assert service.reports[-1].plan == {
+        "total_steps": 10, "warmup_steps": 0, "checkpoint_period": "5", "sample_period": "1",
+        "batch_size": 4, "num_images": 20,
+    }  # fmt: skip
     assert [entry.path for entry in service.reports[-1].files] == ["spec.json", REPORT]
     assert b"broken.png" in store.store.get_bytes(f"jobs/ab12/{REPORT}")
+
+
+def test_plan_document__of_any_training_is_a_few_plain_values() -> None:
+    """It is kept in the job's row: a list of the checkpoints of ten million steps took 26 MB there."""
+    training = TrainingConfig(steps=10**12, batch_size=3, checkpoint_every=Duration(images=1000))
+    text = Report(progress=Progress(), plan=plan_document(plan(training, num_images=10))).model_dump_json()
+    assert '"checkpoint_period":"1000/3","sample_period":"100000000000"' in text
+    assert len(text) < 1000
+
+
+def test_attempt__drops_the_plan_that_an_earlier_release_listed(tmp_path: Path) -> None:
+    listed = {"total_steps": 9, "checkpoint_steps": [3, 6, 9], "sample_steps": [0, 9], "batch_size": 4}
+    assert not hasattr(attempt(tmp_path, plan=listed).spec, "plan")
 
 
 def test_prepare__nothing_usable_still_leaves_the_report(tmp_path: Path) -> None:

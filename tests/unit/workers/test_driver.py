@@ -1,8 +1,10 @@
 """The driver up to the point where Ray comes in; tests/integration/test_workers.py has the rest."""
 
+import errno
 import json
 import logging
 import shutil
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -193,6 +195,92 @@ def test_run__missing_data_is_the_users(
     assert failure is not None
     assert failure.kind is FailureKind.USER
     assert "does not exist" in failure.message
+
+
+def test_run__a_spec_that_this_release_does_not_take_is_the_users_to_submit_again(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stored by another release: one line for each mistake, and no second attempt."""
+    assert work.assigned is not None
+    bad = {"training": {"steps": 4, "batch_size": 0, "clip_norm": -1.5}, "model": {"width": "s3cret@host"}}
+    work.assigned = work.assigned.model_copy(update={"spec": {**work.assigned.spec, **bad}})
+    assert run(work, settings, monkeypatch) is ExitCode.USER
+    (finish,) = work.finishes
+    assert finish.failure is not None
+    assert finish.failure.kind is FailureKind.USER
+    first, *lines = finish.failure.message.splitlines()
+    assert "submit the spec again" in first
+    assert "version" in first
+    assert sorted(lines)[1:] == [
+        "training.batch_size: must be at least 1, got 0",
+        "training.clip_norm: must be at least 0, got -1.5",
+    ]
+    assert "model.width: must be a valid integer" in sorted(lines)[0]
+
+
+@pytest.mark.parametrize("kind", [None, "segment", ["tokenizer"], {}])
+def test_run__a_kind_that_this_release_does_not_know(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, kind: object
+) -> None:
+    assert work.assigned is not None
+    work.assigned = work.assigned.model_copy(update={"spec": {**work.assigned.spec, "kind": kind}})
+    assert run(work, settings, monkeypatch) is ExitCode.USER
+    failure = work.finishes[0].failure
+    assert failure is not None
+    assert "kind: must be one of tokenizer, pretrain, evaluate" in failure.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        RecursionError("maximum recursion depth exceeded"),
+        PermissionError(errno.EACCES, "Permission denied", "/photos/x"),
+        OSError(errno.ELOOP, "Too many levels of symbolic links", "/photos/x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_run__what_reading_the_images_dies_of_is_the_users(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, photos: Path, error: Exception
+) -> None:
+    def scan(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("workers.data.scan", scan)
+    assert run(work, settings, monkeypatch) is ExitCode.USER
+    failure = work.finishes[0].failure
+    assert failure is not None
+    assert failure.message.startswith(f"data.uri: {photos} cannot be read: ")
+
+
+def test_run__a_disk_that_fails_is_tried_again(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def scan(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("workers.data.scan", scan)
+    assert run(work, settings, monkeypatch) is ExitCode.INFRASTRUCTURE
+
+
+@pytest.mark.parametrize("content", ["nothing", "zeros", "a cut picture"])
+def test_run__an_only_tar_that_is_empty_or_cut_is_the_users(
+    work: FakeWork, settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch, photos: Path, content: str
+) -> None:
+    with tarfile.open(photos / "a.tar", "w") as tar:
+        tar.add(photos / "1.png")
+    whole = (photos / "a.tar").read_bytes()
+    contents = {"nothing": b"", "zeros": bytes(10240), "a cut picture": whole[:530]}
+    (photos / "a.tar").write_bytes(contents[content])
+    assert work.assigned is not None
+    for uri in (photos / "a.tar", f"{photos}/*.tar"):
+        spec = {**work.assigned.spec, "data": {"uri": str(uri)}}
+        work.assigned = work.assigned.model_copy(update={"spec": spec})
+        assert run(work, settings, monkeypatch) is ExitCode.USER
+        failure = work.finishes[-1].failure
+        assert failure is not None
+        assert failure.message.startswith("data.uri: ")
+        assert ".tar" in failure.message
 
 
 def test_run__a_stop_before_training_ends_as_stopped(

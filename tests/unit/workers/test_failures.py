@@ -1,10 +1,12 @@
 import errno
 import pickle
+from collections.abc import Callable
 
 import pytest
 import ray.exceptions
 import torch
 from ray.train import ControllerError, WorkerGroupError
+from torch._utils import ExceptionWrapper
 
 from cim_core.errors import ConfigError, DataError, NonFiniteError
 from service.client.errors import ApiError, StaleAttempt, api_error
@@ -63,6 +65,39 @@ def test_classify__kind_and_sentence(error: Exception, kind: FailureKind, words:
     failure = classify(error, store_url=URL)
     assert failure.kind is kind
     assert words in failure.message
+
+
+def raised_by(action: Callable[[], object]) -> Exception:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("action", "words"),
+    [
+        (lambda: torch.nn.BatchNorm2d(4)(torch.zeros(1, 4, 1, 1)), "Raise training.batch_size"),
+        (lambda: torch.empty(2**60), "lower training.batch_size, model.image_size"),
+    ],
+    ids=["batch norm of one value", "more memory than there is"],
+)
+def test_classify__what_torch_says_of_a_users_numbers(action: Callable[[], object], words: str) -> None:
+    failure = classify(group(raised_by(action)), store_url=URL)
+    assert failure.kind is FailureKind.USER
+    assert words in failure.message
+
+
+def test_classify__a_loaders_process_says_one_sentence_and_no_traceback() -> None:
+    def fail() -> None:
+        try:
+            raise DataError("a.png cannot be read: Error: gone; put it back")
+        except DataError:
+            carried = ExceptionWrapper(where="in a process")  # type: ignore[no-untyped-call]
+        carried.reraise()  # type: ignore[no-untyped-call]
+
+    failure = classify(raised_by(fail), store_url=URL)
+    assert failure.kind is FailureKind.USER
+    assert failure.message == "a.png cannot be read: Error: gone; put it back"
 
 
 def test_classify__a_killed_rank_is_infrastructure() -> None:

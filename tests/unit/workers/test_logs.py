@@ -71,6 +71,16 @@ def test_ship__chunks_are_numbered_and_hold_what_was_new(shipper: LogShipper, sh
     ]
 
 
+def test_emit__a_line_that_cannot_be_made_costs_that_line_alone(
+    shipper: LogShipper, shelf: Shelf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (("many",), (3,)):
+        shipper.emit(logging.LogRecord("workers", logging.INFO, "", 0, "%d files", arguments, None))
+    shipper.ship()
+    assert shelf.messages() == ["3 files"]
+    assert "many" in capsys.readouterr().err
+
+
 def test_emit__secrets_and_tracebacks(shipper: LogShipper, shelf: Shelf) -> None:
     try:
         raise RuntimeError("the token is s3cret")

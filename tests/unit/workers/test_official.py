@@ -1,5 +1,6 @@
 """OpenAI's tokenizer from an address to the object store, with everything that may go wrong between."""
 
+import errno
 import hashlib
 import json
 import os
@@ -241,6 +242,31 @@ def test_local__a_missing_file_is_named(store: DirectoryStore, tmp_path: Path) -
         DataError, match=r"model\.tokenizer\.encoder: /nowhere/e\.pkl is no file on the worker"
     ):
         job(store, tmp_path, encoder="/nowhere/e.pkl").place()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EISDIR, errno.ELOOP])
+def test_local__a_file_that_may_not_be_read_is_the_users_to_mend(
+    files: tuple[Path, Path],
+    store: DirectoryStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+) -> None:
+    def refuse(file: Path, _: str) -> None:
+        raise OSError(number, os.strerror(number), str(file))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    one, other = map(str, files)
+    with pytest.raises(DataError, match=r"model\.tokenizer\.encoder: .*encoder\.pkl cannot be read: "):
+        job(store, tmp_path, encoder=one, decoder=other).place()
+
+
+def test_local__a_path_that_cannot_be_is_named(store: DirectoryStore, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("loop", "x" * 300):
+        given = f"{tmp_path}/{name}"
+        with pytest.raises(DataError, match=r"model\.tokenizer\.encoder: .*is no file on the worker's node"):
+            job(store, tmp_path, encoder=given, decoder=given).place()
 
 
 def test_s3__is_read_with_the_stores_endpoint(

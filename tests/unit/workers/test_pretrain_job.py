@@ -7,17 +7,19 @@ from typing import Any, cast
 import pytest
 import torch
 
+from cim_core.config import Duration
 from cim_core.data.index import Entry, Index
 from cim_core.durations import Plan
 from cim_core.tokenizers.dalle import DalleConfig, DalleTokenizer
 from cim_core.tokenizers.fake import FakeTokenizer
 from cim_core.tokenizers.store import save_tokenizer
 from service.client.work import WorkClient
+from service.contracts.specs import Probe
 from service.contracts.work import Assignment, StoreAddress
 from service.store.directory import DirectoryStore
 from tests.fakes.work_client import FakeWork
 from workers.attempt import Attempt, Outcome, Work
-from workers.pretrain_job import card_of, tokenizer_of
+from workers.pretrain_job import card_of, probe_steps, spec_of, tokenizer_of
 from workers.rank import Rank
 from workers.reporting import Reporter
 from workers.settings import WorkerSettings
@@ -59,6 +61,19 @@ def rank_of(tmp_path: Path, *, source: str, tokenizer: str | None = None) -> Ran
         reporter=Reporter(service),
         files=[],
     )
+
+
+@pytest.mark.parametrize(
+    ("every", "steps"),
+    [({"images": 5}, {3, 4}), ({"steps": 2}, {2, 4}), ({"epochs": 0.1}, {1, 2, 3, 4}), ({"epochs": 9}, {4})],
+)
+def test_probe_steps__are_multiples_of_whole_steps_and_the_end(
+    tmp_path: Path, every: dict[str, float], steps: set[int]
+) -> None:
+    spec = spec_of(rank_of(tmp_path, source="fake"))
+    probing = spec.model_copy(update={"probe": Probe(train="/a", val="/b", every=Duration(**every))})  # type: ignore[arg-type]
+    assert {step for step in range(10) if step in probe_steps(probing, PLAN)} == steps
+    assert [step for step in range(10) if step in probe_steps(spec, PLAN)] == []
 
 
 def official(folder: Path) -> DalleTokenizer:

@@ -1,7 +1,7 @@
-import json
 from pathlib import Path
 
 import pytest
+from pydantic_core import from_json
 
 from service.contracts.jobs import FileEntry
 from service.contracts.work import Assignment, StoreAddress
@@ -43,10 +43,11 @@ def test_result_document__warnings_where_there_are_any(assignment: Assignment) -
     assert "warnings" not in result_document(assignment, step=3, metrics={}, files=[])
 
 
-def test_put_json__names_that_are_no_unicode_survive(assignment: Assignment) -> None:
+def test_put_json__names_that_are_no_unicode_are_escaped_for_strict_readers(assignment: Assignment) -> None:
     store = JobStore.of(assignment)
-    put_json(store, "data/report.json", {"path": "bad-\udcff.png"})
-    assert json.loads(store.store.get_bytes("jobs/ab/data/report.json")) == {"path": "bad-\udcff.png"}
+    put_json(store, "data/report.json", {"bad-\udcff": [{"path": "bad-\udcff.png", "size": 3}]})
+    read = from_json(store.store.get_bytes("jobs/ab/data/report.json"))
+    assert read == {r"bad-\udcff": [{"path": r"bad-\udcff.png", "size": 3}]}
 
 
 def test_earlier_files__finds_what_another_attempt_left(assignment: Assignment) -> None:
