@@ -11,6 +11,7 @@ from service.api.limits import Limits
 from service.api.routes import attempts, details, health, jobs, recipes, wishes
 from service.db.engine import Sessions
 from service.jobs.costs import ChildCosts, Costs
+from service.jobs.looks import Looks
 from service.settings import Settings
 from service.store.base import ObjectStore
 
@@ -61,6 +62,7 @@ def create_app(
         sessions=sessions,
         store=store,
         costs=costs or ChildCosts(),
+        looks=Looks(),
         clock=clock,
         poll_s=poll_s,
         dispatches=dispatches,

@@ -16,6 +16,7 @@ from service.db.engine import Sessions, only_reads
 from service.errors import UnauthorisedError
 from service.jobs import artifacts, claim, references
 from service.jobs.costs import Costs
+from service.jobs.looks import Looks
 from service.settings import Settings
 from service.store.base import ObjectStore
 
@@ -35,6 +36,7 @@ class Services:
     sessions: Sessions
     store: ObjectStore
     costs: Costs
+    looks: Looks
     clock: Clock = utc_now
     poll_s: float = 0.5  # between two looks of a stream that follows
     dispatches: bool = False  # this process is a dispatcher too

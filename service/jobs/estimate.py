@@ -1,9 +1,9 @@
 """What the jobs of a request will take."""
 
-import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from cim_core.config import DALL_E, TokenizerConfig, TrainingConfig
@@ -14,6 +14,7 @@ from service.contracts.estimates import Cost, Estimate, Question
 from service.contracts.parsing import AnySpec
 from service.contracts.specs import EvaluateSpec, PretrainSpec, Resources
 from service.jobs.costs import Costs, NoCostError
+from service.jobs.looks import Looks, LookTimeoutError
 
 REQUEST_LIMIT_S = 60.0  # for the costs of all specs of a request
 _COUNT_LIMIT_S = 3.0  # for the files of one spec
@@ -29,9 +30,9 @@ class Asked:
 
 
 async def estimate(
-    asked: Sequence[Asked], *, costs: Costs, shared_filesystem: bool
+    asked: Sequence[Asked], *, costs: Costs, looks: Looks | None
 ) -> tuple[list[Estimate], list[str]]:
-    """An estimate for each spec, and warnings. Folders are looked at where the workers see the same."""
+    """An estimate for each spec, and warnings. `looks` is None where the workers see other folders."""
     deadline = time.monotonic() + REQUEST_LIMIT_S
     estimates: list[Estimate] = []
     warnings: list[str] = []
@@ -40,7 +41,7 @@ async def estimate(
         if isinstance(spec, EvaluateSpec):
             estimates.append(_resources(spec))
             continue
-        files = await asyncio.to_thread(_num_files, spec.data.uri) if shared_filesystem else None
+        files = await _counted(spec.data.uri, looks) if looks is not None else None
         question = _question(one)
         cost, fault = await _cost(costs, question, limit_s=deadline - time.monotonic())
         told = {
@@ -64,6 +65,13 @@ def _resources(spec: AnySpec) -> Estimate:
         cpus=resources.workers * resources.cpus_per_worker,
         gpus=resources.workers * resources.gpus_per_worker,
     )
+
+
+async def _counted(uri: str, looks: Looks) -> int | None:
+    try:
+        return await looks.look(partial(_num_files, uri), limit_s=_COUNT_LIMIT_S)
+    except LookTimeoutError:
+        return None
 
 
 def _num_files(uri: str) -> int | None:

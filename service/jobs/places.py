@@ -70,10 +70,11 @@ def _is_there(pattern: str) -> bool:
         if not has_magic(part):
             todo.append((os.path.join(folder, part), below))
             continue
-        names = _names_in(folder)
-        looks += len(names)
+        listed = _names_in(folder)
+        looks += len(listed)
         if looks > _MOST_LOOKS:
             return True
+        names = [name for name in listed if not name.startswith(".")]
         if part == "**":
             todo += [(os.path.join(folder, name), parts) for name in names]
             todo.append((folder, below))
@@ -84,7 +85,8 @@ def _is_there(pattern: str) -> bool:
 
 def _names_in(folder: str) -> list[str]:
     try:
-        return [name for name in os.listdir(folder) if not name.startswith(".")]
+        with os.scandir(folder) as listed:
+            return [entry.name for entry in islice(listed, _MOST_LOOKS + 1)]
     except OSError:  # a file, or a folder of somebody else
         return []
 
@@ -93,11 +95,13 @@ def _holds_a_file(folder: str) -> bool:
     """Whether a file lies at any depth; ends at the first one, or where there is too much to look at."""
     todo, looks = [folder], 0
     while todo:
+        looks += 1
         with os.scandir(todo.pop()) as listed:
-            entries = list(listed)
-        shown = [entry for entry in entries if not entry.name.startswith(".")]
-        looks += len(entries) + 1
-        if looks > _MOST_LOOKS or any(os.path.isfile(entry.path) for entry in shown):
-            return True
-        todo += [entry.path for entry in shown if entry.is_dir(follow_symlinks=False)]
+            for entry in listed:  # not all of them first: a folder may hold ten million
+                looks += 1
+                shown = not entry.name.startswith(".")
+                if looks > _MOST_LOOKS or (shown and os.path.isfile(entry.path)):
+                    return True
+                if shown and entry.is_dir(follow_symlinks=False):
+                    todo.append(entry.path)
     return False

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -19,8 +20,10 @@ from service.db.tables import JobRow, SubmissionRow
 from service.domain.names import new_job_id
 from service.errors import InvalidSpecError, KeyReusedError, NotFoundError
 from service.jobs import references, uris
+from service.jobs.looks import Looks
 
 MOST_JOBS = 100
+_LOOK_LIMIT_S = 5.0  # for all addresses of a request
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ async def submit(
     key: str | None,
     allowed: Allowed,
     shared_filesystem: bool,
+    looks: Looks,
     now: datetime,
 ) -> Submitted:
     """Queue a job for each document, or return the jobs that `key` has already made.
@@ -50,7 +54,7 @@ async def submit(
         KeyReusedError: the key came with other documents before.
     """
     specs = await asyncio.to_thread(parsed, documents)  # a second for the worst that a body can hold
-    faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
+    found = await judged_uris(specs, allowed=allowed, shared_filesystem=shared_filesystem, looks=looks)
     ids = [new_job_id() for _ in specs]
     if key is not None:
         digest = _digest(documents)
@@ -58,8 +62,8 @@ async def submit(
         if (earlier := await queries.claim_key(session, row)) is not None:
             return Submitted(rows=await _made_before(session, earlier, digest), created=False)
     links = await references.link(session, specs, ids)
-    if faults or links.problems:
-        raise InvalidSpecError([*faults, *links.problems])
+    if found.problems or links.problems:
+        raise InvalidSpecError([*found.problems, *links.problems])
     rows = [
         # A microsecond apart, so that "newest first" and "the latest of that name" have an answer.
         _enqueue(session, spec, document, job_id, targets, now=now + timedelta(microseconds=number))
@@ -71,13 +75,20 @@ async def submit(
     return Submitted(rows=rows, created=True)
 
 
-def uri_faults(specs: Sequence[AnySpec], *, allowed: Allowed, shared_filesystem: bool) -> list[FieldProblem]:
-    """What is wrong with the addresses of data in these specs; looks at folders."""
-    return [
-        at(place(number, len(specs)), problem)
-        for number, spec in enumerate(specs)
-        for problem in uris.problems(spec, allowed=allowed, shared_filesystem=shared_filesystem)
-    ]
+async def judged_uris(
+    specs: Sequence[AnySpec], *, allowed: Allowed, shared_filesystem: bool, looks: Looks
+) -> uris.Judged:
+    """What is wrong with the addresses of data in these specs; looks at folders for a few seconds at most."""
+    deadline = time.monotonic() + _LOOK_LIMIT_S
+    found = uris.Judged(problems=[], unseen=[])
+    for number, spec in enumerate(specs):
+        one = await uris.judge(
+            spec, allowed=allowed, shared_filesystem=shared_filesystem, looks=looks, deadline=deadline
+        )
+        where = place(number, len(specs))
+        found.problems.extend(at(where, problem) for problem in one.problems)
+        found.unseen.extend(where + path for path in one.unseen)
+    return found
 
 
 def parsed(documents: Sequence[Any]) -> list[AnySpec]:

@@ -1,8 +1,10 @@
 """Addresses of data in a spec: what can be known of them before a worker opens them."""
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 from cim_core.config import DALL_E
@@ -11,6 +13,7 @@ from service.contracts.allowed import Allowed
 from service.contracts.parsing import AnySpec
 from service.contracts.problems import FieldProblem
 from service.jobs import places
+from service.jobs.looks import Looks, LookTimeoutError
 
 _SUPPORTED = "give an absolute folder, s3://bucket/prefix/, or .tar shards (one path or a pattern)"
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
@@ -29,22 +32,45 @@ class _Address:
     place: Callable[[str], str]  # what is wrong with what lies there, on this machine
 
 
-def problems(spec: AnySpec, *, allowed: Allowed, shared_filesystem: bool) -> Iterator[FieldProblem]:
-    """What is wrong with the addresses of `spec`. Looks at local folders, so it may block.
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """What is wrong with the addresses of a spec, and which ones could not be looked at in time."""
+
+    problems: list[FieldProblem]
+    unseen: list[str]
+
+
+async def judge(
+    spec: AnySpec, *, allowed: Allowed, shared_filesystem: bool, looks: Looks, deadline: float
+) -> Judged:
+    """Judge the addresses of `spec`.
 
     Args:
         spec: A sound spec.
         allowed: Where addresses may lead.
-        shared_filesystem: The workers see the folders of this machine.
+        shared_filesystem: The workers see the folders of this machine, so they are looked at.
+        looks: Where that is done.
+        deadline: Of `time.monotonic`; from then on the workers have to see for themselves.
     """
+    judged = Judged(problems=[], unseen=[])
     for address in _addresses(spec):
-        look = shared_filesystem and address.uri.startswith("/")
+        fault = address.form(address.uri) or _forbidden(address.uri, allowed)
         # What lies outside is not looked at: the answer would tell what is there.
-        fault = address.form(address.uri) or _outside(address.uri, allowed, look=look)
-        if not fault and look:
-            fault = address.place(address.uri)
+        if not fault and shared_filesystem and address.uri.startswith("/"):
+            work = partial(_seen_fault, address, allowed)
+            try:
+                fault = await looks.look(work, limit_s=deadline - time.monotonic())
+            except LookTimeoutError:
+                judged.unseen.append(address.path)
         if fault:
-            yield FieldProblem(path=address.path, message=fault, value=address.uri)
+            judged.problems.append(FieldProblem(path=address.path, message=fault, value=address.uri))
+    return judged
+
+
+def _seen_fault(address: _Address, allowed: Allowed) -> str:
+    if places.leaves(address.uri, allowed):
+        return f"leads through a link out of the places that this service allows, got {address.uri!r}"
+    return address.place(address.uri)
 
 
 def _addresses(spec: AnySpec) -> Iterator[_Address]:
@@ -58,12 +84,9 @@ def _addresses(spec: AnySpec) -> Iterator[_Address]:
         yield _Address(path=path, uri=uri, form=_official_form, place=places.file_fault)
 
 
-def _outside(uri: str, allowed: Allowed, *, look: bool) -> str:
-    if fault := allowed.fault(uri):
-        return f"{fault}, got {uri!r}"
-    if look and places.leaves(uri, allowed):
-        return f"leads through a link out of the places that this service allows, got {uri!r}"
-    return ""
+def _forbidden(uri: str, allowed: Allowed) -> str:
+    fault = allowed.fault(uri)
+    return f"{fault}, got {uri!r}" if fault else ""
 
 
 def _image_form(uri: str) -> str:

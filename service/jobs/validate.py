@@ -20,7 +20,8 @@ from service.errors import InvalidSpecError
 from service.jobs import references
 from service.jobs.costs import Costs
 from service.jobs.estimate import Asked, estimate
-from service.jobs.submit import parsed, uri_faults
+from service.jobs.looks import Looks
+from service.jobs.submit import judged_uris, parsed
 
 _TOKENIZER = TypeAdapter(TokenizerConfig)
 
@@ -32,6 +33,7 @@ async def validate(
     allowed: Allowed,
     shared_filesystem: bool,
     costs: Costs,
+    looks: Looks,
 ) -> Validation:
     """The resolved specs, what they will take, and what is allowed but probably not meant.
 
@@ -39,20 +41,22 @@ async def validate(
     transaction is open while files and networks are counted. Raises InvalidSpecError as `submit` does.
     """
     specs = await asyncio.to_thread(parsed, documents)
-    faults = await asyncio.to_thread(uri_faults, specs, allowed=allowed, shared_filesystem=shared_filesystem)
+    found = await judged_uris(specs, allowed=allowed, shared_filesystem=shared_filesystem, looks=looks)
     ids = [new_job_id() for _ in specs]
     async with sessions.begin() as session:
         await only_reads(session)
         links = await references.link(session, specs, ids)
-        if faults or links.problems:
-            raise InvalidSpecError([*faults, *links.problems])
+        if found.problems or links.problems:
+            raise InvalidSpecError([*found.problems, *links.problems])
         tokenizers = await _tokenizers(session, dict(zip(ids, specs, strict=True)), links)
     asked = [Asked(spec=spec, tokenizer=sizes) for spec, sizes in zip(specs, tokenizers, strict=True)]
-    estimates, warnings = await estimate(asked, costs=costs, shared_filesystem=shared_filesystem)
+    counting = looks if shared_filesystem else None
+    estimates, warnings = await estimate(asked, costs=costs, looks=counting)
+    unseen = [f"{path} could not be looked at in time: the workers will have to" for path in found.unseen]
     return Validation(
         resolved=[resolve(spec) for spec in specs],
         estimate=estimates,
-        warnings=[*(warning for spec in specs for warning in _warnings(spec)), *warnings],
+        warnings=[*(warning for spec in specs for warning in _warnings(spec)), *unseen, *warnings],
     )
 
 

@@ -66,6 +66,7 @@ async def submit_jobs(
         key=idempotency_key,
         allowed=app.allowed,
         shared_filesystem=settings.shared_filesystem,
+        looks=app.looks,
         now=app.clock(),
     )
     if not made.created:
@@ -87,6 +88,7 @@ async def validate_specs(documents: Documents, app: App) -> Validation:
         allowed=app.allowed,
         shared_filesystem=app.settings.shared_filesystem,
         costs=app.costs,
+        looks=app.looks,
     )
 
 

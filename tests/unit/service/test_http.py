@@ -125,6 +125,7 @@ async def test_artifacts__a_bucket_is_redirected_to(world: World) -> None:
         sessions=services.sessions,
         store=PresigningStore(world.images.parent / "store"),
         costs=services.costs,
+        looks=services.looks,
         clock=services.clock,
     )
     answer = await world.client.get(f"/v1/jobs/{job['id']}/artifacts/a.bin")

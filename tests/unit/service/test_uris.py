@@ -1,7 +1,9 @@
 """What a submit can know of the addresses of data."""
 
+import asyncio
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from service.contracts.allowed import EVERYTHING, allowed_by, prefixes_in
 from service.contracts.parsing import parse
 from service.jobs import places
 from service.jobs.estimate import _num_files
-from service.jobs.uris import problems
+from service.jobs.looks import Looks
+from service.jobs.uris import judge
 from tests.unit.service.test_parsing import evaluate, pretrain
 
 
@@ -32,9 +35,14 @@ def found(
     spec: dict[str, Any], *, shared_filesystem: bool = True, allowed: str = EVERYTHING
 ) -> dict[str, str]:
     listed = allowed_by(prefixes_in(allowed), store_url="/no/store")
-    return {
-        p.path: p.message for p in problems(parse(spec), allowed=listed, shared_filesystem=shared_filesystem)
-    }
+    judged = judge(
+        parse(spec),
+        allowed=listed,
+        shared_filesystem=shared_filesystem,
+        looks=Looks(),
+        deadline=time.monotonic() + 60,
+    )
+    return {problem.path: problem.message for problem in asyncio.run(judged).problems}
 
 
 @pytest.mark.parametrize(
