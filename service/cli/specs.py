@@ -30,7 +30,8 @@ class SpecFileError(ValueError):
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.1 as PyYAML reads it, less its surprises: `1e-3` is a number, dates are text, a key
-    that comes twice is refused.
+    that comes twice is refused. A number that JSON cannot carry, such as `.inf` or `1e999`, is sent
+    as the text that it is, so that the service names its place among all other mistakes.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  a class attribute of PyYAML's
@@ -49,7 +50,18 @@ class _Loader(yaml.SafeLoader):
             known.add((key.tag, key.value))
         return super().construct_mapping(node, deep=deep)
 
+    def construct_number(self, node: yaml.ScalarNode) -> float | int | str:
+        """The number, where JSON has it; else its text."""
+        whole = node.tag == "tag:yaml.org,2002:int"
+        try:
+            number = self.construct_yaml_int(node) if whole else self.construct_yaml_float(node)
+        except ValueError:  # such as more digits than Python reads
+            return str(node.value)
+        return number if abs(number) <= sys.float_info.max else str(node.value)
 
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 

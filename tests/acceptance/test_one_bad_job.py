@@ -27,6 +27,7 @@ def _unencodable(folder: Path) -> Spec:
 
 def _looping(folder: Path) -> Spec:
     folder.mkdir()
+    (folder / "a.txt").write_text("so that it holds a file")
     (folder / "loop.jpg").symlink_to("loop.jpg")
     (folder / "here").symlink_to(".")
     return specs.tokenizer("looping", data={"uri": str(folder)})

@@ -91,7 +91,6 @@ training: {steps: 10, batch_size: 4, learning_rate: 1e-3}
         ("---\n---\n", "holds no spec"),
         ("just text", "a spec is a mapping of keys to values, got 'just text'"),
         ("- 3", "a spec is a mapping"),
-        ("a: .nan", "JSON"),
         ("a: !!binary aGk=", "JSON"),
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: &x [*x]", "JSON"),
@@ -136,6 +135,22 @@ def test_set__changes_and_makes_keys(tmp_path: Path) -> None:
         "tasks": ["a=b", {"name": "knn", "k": 7}],
         "model": {"enhancer": {"name": "resnet18"}},
     }
+
+
+@pytest.mark.parametrize(
+    "word", ["1e999", "-1e400", ".inf", "-.INF", ".nan", "9" * 5000, "0x" + "f" * 5000, "0b_"]
+)
+def test_load__a_number_that_json_cannot_carry_is_sent_as_written(tmp_path: Path, word: str) -> None:
+    """The service names its place, among all other mistakes of the spec."""
+    (spec,) = load(write(tmp_path, f"training: {{weight_decay: {word}}}"), sets=[f"training.epochs={word}"])
+    assert spec["training"] == {"weight_decay": word, "epochs": word}
+
+
+@pytest.mark.parametrize(("word", "number"), [("1e300", 1e300), ("0x10", 16), ("-7", -7), ("1_000", 1000)])
+def test_load__other_numbers_are_numbers(tmp_path: Path, word: str, number: float) -> None:
+    (spec,) = load(write(tmp_path, f"training: {{weight_decay: {word}}}"))
+    assert spec["training"]["weight_decay"] == number
+    assert type(spec["training"]["weight_decay"]) is type(number)
 
 
 def test_set__values_are_yaml(tmp_path: Path) -> None:

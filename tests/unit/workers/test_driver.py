@@ -212,8 +212,8 @@ def test_run__a_spec_that_this_release_does_not_take_is_the_users_to_submit_agai
     assert "submit the spec again" in first
     assert "version" in first
     assert sorted(lines)[1:] == [
-        "training.batch_size: must be at least 1, got 0",
-        "training.clip_norm: must be at least 0, got -1.5",
+        "training.batch_size: must lie between 1 and 1048576, got 0",
+        "training.clip_norm: must lie between 0 and 1000000, got -1.5",
     ]
     assert "model.width: must be a valid integer" in sorted(lines)[0]
 
