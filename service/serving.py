@@ -15,7 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.app import create_app
 from service.db.engine import Sessions, create_engine, create_sessions, only_reads
-from service.db.leases import release_all
+from service.db.leases import start_anew
 from service.db.upgrade import check_schema, upgrade
 from service.dispatch.leadership import pause
 from service.dispatch.loop import OpenTracker, dispatch
@@ -70,7 +70,7 @@ async def serve_both(
     sessions, store = create_sessions(engine), open_settings_store(settings)
     # The data directory is ours alone, so a lease that is left is that of a killed run.
     async with sessions.begin() as session:
-        await release_all(session)
+        await start_anew(session)
     server = _server(create_app(settings, sessions, store, dispatches=True), on_ready=on_ready)
     dispatching = dispatch(settings, sessions, store, open_tracker=open_tracker, stop=stop)
     try:

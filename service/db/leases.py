@@ -135,9 +135,17 @@ async def release(session: AsyncSession, lease: Lease) -> None:
     await session.execute(_mine(lease).values(expires_at=_clock(session)))
 
 
-async def release_all(session: AsyncSession) -> None:
-    """Let every lease be taken at once, for a caller who knows that no holder lives."""
-    await session.execute(update(LeaseRow).values(expires_at=_clock(session)))
+async def start_anew(session: AsyncSession) -> None:
+    """Let every lease be taken at once, and count from now how long no pass came to its end.
+
+    For a caller who knows that no holder lives, and who is about to be the next one.
+    """
+    now = _clock(session)
+    first = INSERT[session.get_bind().dialect.name](LeaseRow).values(
+        name=RECONCILE, owner="", token=0, expires_at=now, passed_at=now, doing=""
+    )
+    await session.execute(first.on_conflict_do_nothing())
+    await session.execute(update(LeaseRow).values(expires_at=now, passed_at=now, doing=""))
 
 
 def _mine(lease: Lease) -> Update:

@@ -168,9 +168,10 @@ class LeaseContract:
         await release(world, old)
         assert await holder(world) == "two"
 
-    async def test_release_all__ends_every_lease(self, world: World) -> None:
+    async def test_start_anew__ends_every_lease(self, world: World) -> None:
         await taken(world, "one")
         await taken(world, "two", name="forward")
         async with world.sessions.begin() as session:
-            await leases.release_all(session)
+            await leases.start_anew(session)
         assert await held(world) == []
+        assert (await taken(world, "three")).token == 2

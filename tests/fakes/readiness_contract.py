@@ -71,6 +71,26 @@ class ReadinessContract:
         await passed(world, lease, s_ago=0.0)
         assert await notices(world) == {None}
 
+    async def test_start__after_a_night_off_counts_from_now(self, world: World) -> None:
+        await world.submit(world.tokenizer())
+        await passed(world, await taken(world), s_ago=36_000.0, doing="the last thing")
+        assert await notices(world) != {None}
+        async with world.sessions.begin() as session:
+            await leases.start_anew(session)
+        assert await notices(world) == {None}
+        assert (await readyz(world, dispatches=True)).status_code == 200
+
+    async def test_first_start__is_given_its_time(self, world: World) -> None:
+        await world.submit(world.tokenizer())
+        async with world.sessions.begin() as session:
+            await leases.start_anew(session)
+        assert await notices(world) == {None}
+        assert (await readyz(world, dispatches=True)).status_code == 200
+        lease = await taken(world)
+        assert lease.token == 1
+        await passed(world, lease, s_ago=31.0)
+        assert await notices(world) != {None}
+
     async def test_dispatcher__that_is_gone_is_missed(self, world: World) -> None:
         await world.submit(world.tokenizer())
         lease = await taken(world)
